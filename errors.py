@@ -1,0 +1,71 @@
+"""Every error that rilq raises on purpose.
+
+    RilqError                        exit code 1: the work failed
+    └── InputError                   exit code 2: something the user gave is wrong
+        ├── OptionError              an option, or two options together
+        ├── CheckpointError          a file or tensor of a checkpoint
+        │   ├── NonFiniteError       NaN or infinity in a weight
+        │   └── UnsupportedArchitectureError
+        ├── DatasetError             calibration or evaluation text
+        ├── HubError                 the Hub refused, or could not be reached
+        ├── OutputError              the output folder, or space on a volume
+        └── WorkDirError             the work folder: another job's, locked, changed source
+    KeyboardInterrupt
+    └── Interrupted                  exit code 75: stopped by a signal, resumable
+
+A message says which file and tensor, what is wrong, what was expected, and what to do;
+the command line prints it as it is, without a traceback.
+"""
+
+
+class RilqError(Exception):
+    """Base of all errors raised on purpose; its text is meant for the user."""
+
+    exit_code = 1
+
+
+class InputError(RilqError):
+    """Something the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class OptionError(InputError):
+    """An option has an impossible value, or two options contradict each other."""
+
+
+class CheckpointError(InputError):
+    """A file or tensor of a checkpoint is damaged, missing or of an unsupported kind."""
+
+
+class NonFiniteError(CheckpointError):
+    """A weight holds NaN or infinity."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """The model's architecture cannot be streamed (yet)."""
+
+
+class DatasetError(InputError):
+    """A calibration or evaluation text cannot be read, or is too short."""
+
+
+class HubError(InputError):
+    """The Hub refused a request, or could not be reached."""
+
+
+class OutputError(InputError):
+    """The output cannot be written where it was asked for."""
+
+
+class WorkDirError(InputError):
+    """The work folder is in use, belongs to another job, or no longer fits its source."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run; its state is on disk and the same command continues.
+
+    Not a `RilqError`: libraries that swallow any `Exception` must not swallow a stop.
+    """
+
+    exit_code = 75

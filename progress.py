@@ -1,0 +1,159 @@
+"""What long work tells the world: the `Reporter` that library code is given, in three forms."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+Figure = float | int | str
+
+
+class Reporter(Protocol):
+    """Receives progress; library code never prints."""
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """A new stage begins: `total` steps of one `unit` (for example "layer")."""
+
+    def step(self, done: int, **figures: Figure) -> None:
+        """`done` of the stage's steps are finished; `figures` (loss, error) go beside the bar."""
+
+    def note(self, message: str) -> None:
+        """One line worth keeping."""
+
+    def warn(self, message: str) -> None:
+        """One line that the user should act on."""
+
+
+class SilentReporter:
+    """Reports nothing; the default of library functions."""
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None: ...
+
+    def step(self, done: int, **figures: Figure) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
+class LogReporter:
+    """Plain lines, for pipes and log files: at most one per `interval` seconds and stage step.
+
+    Args:
+        stream: where the lines go.
+        quiet: leave out everything but warnings.
+    """
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, interval: float = 5.0) -> None:
+        self.stream, self.quiet, self.interval = stream, quiet, interval
+        self._name, self._total, self._unit = "", 0, ""
+        self._begun = self._last = 0.0
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self._name, self._total, self._unit = name, total or 0, unit
+        self._begun, self._last = time.monotonic(), 0.0
+        if not self.quiet:
+            self._line(f"{name}: {total} {unit}s" if total else name)
+
+    def step(self, done: int, **figures: Figure) -> None:
+        now = time.monotonic()
+        if self.quiet or (done < self._total and now - self._last < self.interval):
+            return
+        self._last = now
+        left = (now - self._begun) / max(1, done) * (self._total - done)
+        shown = "".join(f", {name} {value}" for name, value in figures.items())
+        self._line(
+            f"{self._name}: {self._unit} {done}/{self._total}{shown}, "
+            f"about {left:.0f} s left, {usage()}"
+        )
+
+    def note(self, message: str) -> None:
+        if not self.quiet:
+            self._line(message)
+
+    def warn(self, message: str) -> None:
+        self._line(f"warning: {message}")
+
+    def _line(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=self.stream, flush=True)
+
+
+class RichReporter:
+    """A live display for terminals: stage, bar, figures, ETA, memory and disk."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self.console = console
+        self._progress: Progress = RichProgress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[usage]}"),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> RichReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self._task = self._progress.add_task(name, total=total, figures="", usage=usage())
+
+    def step(self, done: int, **figures: Figure) -> None:
+        if self._task is None:
+            return
+        shown = "  ".join(f"{name} {value}" for name, value in figures.items())
+        self._progress.update(self._task, completed=done, figures=shown, usage=usage())
+
+    def note(self, message: str) -> None:
+        self._progress.console.print(message, highlight=False, markup=False)
+
+    def warn(self, message: str) -> None:
+        self._progress.console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class Reporters:
+    """Tells several reporters the same."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        for reporter in self.reporters:
+            reporter.stage(name, total, unit)
+
+    def step(self, done: int, **figures: Figure) -> None:
+        for reporter in self.reporters:
+            reporter.step(done, **figures)
+
+    def note(self, message: str) -> None:
+        for reporter in self.reporters:
+            reporter.note(message)
+
+    def warn(self, message: str) -> None:
+        for reporter in self.reporters:
+            reporter.warn(message)
+
+
+def usage(folder: Path = Path()) -> str:
+    """Resident memory of this process and free space on the volume of `folder`, for people."""
+    import shutil
+
+    import psutil
+
+    resident = psutil.Process().memory_info().rss
+    free = shutil.disk_usage(folder).free
+    return f"{resident / 1e9:.2f} GB used, {free / 1e9:.0f} GB disk free"
