@@ -1,0 +1,465 @@
+"""The `rilq` command: parse, call one function, render. Results on stdout, the rest on stderr."""
+
+import functools
+import inspect
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rilq import __version__
+from rilq.errors import InputError, Interrupted, OptionError, RilqError
+from rilq.progress import LogReporter, Reporter, Reporters, RichReporter
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from rilq.converter.options import ConvertOptions
+    from rilq.converter.plan import Plan
+    from rilq.evaluation.perplexity import Evaluation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn a Hugging Face checkpoint into a 2-bit one, layer by layer, and win the accuracy "
+    "back with RILQ.",
+    context_settings={
+        # --group_size is the same as --group-size.
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+
+_BASE, _DATA, _TRAIN = "Quantization", "Calibration", "RILQ training"
+_MACHINE, _OUT = "Machine", "Output"
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+LogFile = Annotated[Path | None, typer.Option(help="Also write plain log lines to this file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
+Device = Annotated[str, _option(_MACHINE, "auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str, _option(_MACHINE, "Compute in auto (float32 on a CPU, else bfloat16), or a named dtype.")
+]
+
+
+def _convert_options(
+    model: Model,
+    bits: Annotated[int, _option(_BASE, "Bits per code: 2, 3, 4, 8.")] = 2,
+    group_size: Annotated[int, _option(_BASE, "Inputs that share a scale: 32, 64, 128.")] = 64,
+    quantizer: Annotated[str, _option(_BASE, "gptq or rtn.")] = "gptq",
+    clip: Annotated[
+        str | None,
+        _option(
+            _BASE,
+            "none or search: shrink each group's range for the least squared error. "
+            "(default: search for gptq, none for rtn)",
+        ),
+    ] = None,
+    zero_point: Annotated[
+        str, _option(_BASE, "real, or integer (before merging; a merged one is always real).")
+    ] = "real",
+    skip: Annotated[
+        list[str] | None,
+        _option(_BASE, "Keep linears that fit this shell pattern in 16 bits; repeatable."),
+    ] = None,
+    bits_for: Annotated[
+        list[str] | None,
+        _option(_BASE, "PATTERN=BITS for linears that fit; repeatable, the last one wins."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        _option(
+            _DATA,
+            "Text, JSON lines or Parquet file, c4, wikitext2, or owner/name on the "
+            "Hub, each with an optional =WEIGHT; repeatable. (default: c4)",
+        ),
+    ] = None,
+    text_key: Annotated[str, _option(_DATA, "Key of the text in a record.")] = "text",
+    rows: Annotated[
+        str, _option(_DATA, "packed: documents joined and cut; documents: one window of each.")
+    ] = "packed",
+    nsamples: Annotated[
+        int | None, _option(_DATA, "Rows. (default: 320, or what the text gives)")
+    ] = None,
+    seqlen: Annotated[
+        int | None, _option(_DATA, "Tokens per row. (default: 512, or the model's maximum)")
+    ] = None,
+    val_ratio: Annotated[float, _option(_DATA, "Share of rows held out of the training.")] = 0.2,
+    seed: Annotated[int, _option(_DATA, "Of rows, their order, and the adapters.")] = 42,
+    rank: Annotated[int, _option(_TRAIN, "Of the adapters; 0 trains none.")] = 16,
+    alpha: Annotated[float, _option(_TRAIN, "Adapters are scaled by alpha / rank.")] = 16.0,
+    adapter: Annotated[
+        str, _option(_TRAIN, "pooled: merged; lora: the paper's, kept beside the base.")
+    ] = "pooled",
+    lr: Annotated[
+        float | None, _option(_TRAIN, "Learning rate. (default: 1e-4 x 4096 / hidden size)")
+    ] = None,
+    steps: Annotated[int, _option(_TRAIN, "Updates at most.")] = 200,
+    batch_size: Annotated[int, _option(_TRAIN, "Rows per update.")] = 8,
+    val_every: Annotated[int, _option(_TRAIN, "Updates between validations.")] = 25,
+    patience: Annotated[int, _option(_TRAIN, "Validations without a gain before stopping.")] = 5,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    student: Annotated[
+        str, _option(_MACHINE, "Weights while training: auto, dense or packed.")
+    ] = "auto",
+    max_shard_size: Annotated[str, _option(_OUT, "Such as 5GB or 500MiB.")] = "5GB",
+    output_dir: Annotated[
+        Path | None,
+        _option(_OUT, "(default: <model>-w<bits>g<group size>-rilq)", "--output-dir", "-o"),
+    ] = None,
+    work_dir: Annotated[
+        Path | None, _option(_OUT, "State of the job. (default: <output>.rilq-work)")
+    ] = None,
+    resume: Annotated[str, _option(_OUT, "auto, never or required.")] = "auto",
+    keep_work: Annotated[bool, _option(_OUT, "Keep the work folder after success.")] = False,
+) -> "ConvertOptions":
+    from rilq.converter.options import ConvertOptions
+
+    return ConvertOptions(
+        model=model,
+        revision=revision,
+        bits=bits,
+        group_size=group_size,
+        quantizer=quantizer,
+        clip=clip,  # type: ignore[arg-type]  # checked by ConvertOptions, as are the next ones
+        zero_point=zero_point,  # type: ignore[arg-type]
+        skip=tuple(skip or ()),
+        bits_for=tuple(_pattern_bits(text) for text in bits_for or ()),
+        dataset=tuple(dataset or ("c4",)),
+        text_key=text_key,
+        rows=rows,  # type: ignore[arg-type]
+        nsamples=nsamples,
+        seqlen=seqlen,
+        val_ratio=val_ratio,
+        seed=seed,
+        rank=rank,
+        alpha=alpha,
+        adapter=adapter,  # type: ignore[arg-type]
+        learning_rate=lr,
+        steps=steps,
+        batch_size=batch_size,
+        val_every=val_every,
+        patience=patience,
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]
+        student=student,  # type: ignore[arg-type]
+        max_shard_size=max_shard_size,
+        output_dir=output_dir,
+        work_dir=work_dir,
+        resume=resume,  # type: ignore[arg-type]
+        keep_work=keep_work,
+    )
+
+
+def _pattern_bits(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not bits.isdigit():
+        raise OptionError(f"--bits-for {text}: expected PATTERN=BITS, for example down_proj=4")
+    return pattern, int(bits)
+
+
+def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `(options, *, quiet, as_json, log_file)` the options of a conversion."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    shared = inspect.signature(_convert_options)
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        kept = {p.name: given.pop(p.name) for p in own}
+        with _user_errors():
+            command(_convert_options(**given), **kept)
+
+    wrapper.__signature__ = shared.replace(  # type: ignore[attr-defined]
+        parameters=[*(p.replace(kind=p.KEYWORD_ONLY) for p in [*shared.parameters.values(), *own])],
+        return_annotation=None,
+    )
+    wrapper.__annotations__ = {
+        p.name: p.annotation
+        for p in wrapper.__signature__.parameters.values()  # type: ignore[attr-defined]
+    }
+    return wrapper
+
+
+@app.command()
+@_takes_convert_options
+def convert(
+    options: "ConvertOptions",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Convert a checkpoint to 2 bits; run it again to continue a stopped job."""
+    with _stoppable(f"state is in {options.work}"), _reporting(quiet, log_file) as report:
+        from rilq.converter import pipeline
+
+        job = pipeline.prepare(options, report)
+        _show_plan(job.plan, report)
+        result = pipeline.convert(job, report)
+        report.note(
+            f"{result.output}: already converted by this command"
+            if result.already_done
+            else f"{result.output}: done"
+        )
+    if as_json:
+        print(json.dumps({
+            "output": str(result.output),
+            "already_done": result.already_done,
+            "quality": result.quality,
+            "plan": job.plan.as_dict(),
+        }, default=str))  # fmt: skip
+
+
+@app.command()
+@_takes_convert_options
+def plan(
+    options: "ConvertOptions",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Show what `convert` would do and need; touches nothing."""
+    with _stoppable("nothing was touched"), _reporting(quiet, log_file) as report:
+        from rilq.converter import pipeline
+        from rilq.converter.plan import check_fits
+
+        job = pipeline.prepare(options, report)
+    if as_json:
+        print(json.dumps(job.plan.as_dict(), default=str))
+    else:
+        Console(highlight=False).print(_plan_table(job.plan))
+    check_fits(job.plan, job.machine)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str, typer.Option(help="Text, JSON lines or Parquet file, wikitext2, c4, or owner/name.")
+    ],
+    seqlen: Annotated[
+        int | None, typer.Option(help="Context. (default: 2048, or the model's maximum)")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Base model: adds KL divergence and top-1 agreement.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Perplexity of any checkpoint, dense or ours, streamed layer by layer."""
+    with (
+        _user_errors(),
+        _stoppable("nothing was kept"),
+        _reporting(quiet, log_file) as report,
+    ):
+        from rilq.evaluation.perplexity import evaluate as measure
+
+        result = measure(
+            model,
+            text,
+            seqlen=seqlen,
+            against=against,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            text_key=text_key,
+            report=report,
+        )
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        Console(highlight=False).print(_evaluation_table(model, result))
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every hash in rilq.json."""
+    with _user_errors():
+        from rilq.formats.verify import verify as check
+
+        found = check(folder)
+    if as_json:
+        print(json.dumps({
+            "files_checked": found.files_checked,
+            "tensors_checked": found.tensors_checked,
+            "problems": list(found.problems),
+        }))  # fmt: skip
+    else:
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+        state = f"{len(found.problems)} problems" if found.problems else "whole"
+        print(f"{folder}: {found.files_checked} files, {found.tensors_checked} tensors: {state}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rilq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+# -- rendering -------------------------------------------------------------------------------------
+
+
+def _show_plan(plan: "Plan", report: Reporter) -> None:
+    report.note(f"{plan.model}: {plan.architecture}, {plan.layers} layers")
+    for name, value in _plan_rows(plan):
+        report.note(f"  {name:<18} {value}")
+    if not plan.quantized:
+        report.warn("nothing is quantized: every linear is kept")
+
+
+def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
+    from rilq.converter.plan import gigabytes
+
+    choices = plan.choices
+    specs = sorted({(p.spec.bits, p.spec.group_size) for p in plan.quantized if p.spec})
+    shown = ", ".join(f"{bits} bits, groups of {size}" for bits, size in specs)
+    memory = f"{gigabytes(plan.host_bytes)} host"
+    if plan.device_bytes is not None:
+        memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
+    rows = [
+        ("quantized", f"{len(plan.quantized)} linears: {shown}"),
+        ("kept", "embedding, norms, head" + (f", {len(plan.kept)} linears" if plan.kept else "")),
+        *(("", f"{name}: {why}") for name, why in plan.kept[:5]),
+        ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens, "
+                        f"{plan.validation_rows} for validation"),
+        ("compute", f"{choices.dtype} on {choices.device}, student {choices.student}, "
+                    f"micro-batch {choices.micro_batch}"),
+        ("learning rate", f"{choices.learning_rate:.3g}"),
+        ("reads", gigabytes(plan.read_bytes)),
+        ("peak memory", memory + ", at most"),
+        *(("disk", f"{gigabytes(d.needed)} of {gigabytes(d.free)} free on {d.volume} "
+                   f"({d.holds})") for d in plan.disks),
+        ("output", f"{gigabytes(plan.output_bytes)}: {plan.bits_per_weight:.2f} bits per "
+                   f"quantized weight, {plan.bits_per_parameter:.2f} per parameter"),
+        ("time", f"about {_duration(plan.seconds)}: {plan.time_basis}"),
+    ]  # fmt: skip
+    return rows + [("note", note) for note in plan.notes]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _plan_table(plan: "Plan") -> Table:
+    table = Table(
+        title=f"{plan.model}: {plan.architecture}, {plan.layers} layers, "
+        f"{plan.parameters:,} parameters",
+        show_header=False,
+        title_justify="left",
+    )
+    for name, value in _plan_rows(plan):
+        table.add_row(name, value)
+    return table
+
+
+def _evaluation_table(model: str, result: "Evaluation") -> Table:
+    table = Table(title=model, show_header=False, title_justify="left")
+    for name, value in result.as_dict().items():
+        if isinstance(value, dict):
+            for inner, figure in value.items():
+                table.add_row(f"{name} {inner}".replace("_", " "), _figure(figure))
+        elif value is not None:
+            table.add_row(name.replace("_", " "), _figure(value))
+    return table
+
+
+def _figure(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn errors raised on purpose into one message and an exit code, without a traceback."""
+    try:
+        yield
+    except RilqError as err:
+        print(f"rilq: {err}", file=sys.stderr)
+        raise typer.Exit(err.exit_code) from None
+    except Interrupted as err:
+        print(f"rilq: {err}", file=sys.stderr)
+        raise typer.Exit(Interrupted.exit_code) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _stoppable(where: str) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise `Interrupted` once; a second one ends the process."""
+
+    def stop(number: int, _frame: "FrameType | None") -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        raise Interrupted(f"stopped by {name}; {where}: run the same command again to continue")
+
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {each: signal.signal(each, stop) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def _reporting(quiet: bool, log_file: Path | None) -> Iterator[Reporter]:
+    """The reporter for where standard error goes, and one more for a log file."""
+    with ExitStack() as stack:
+        reporters: list[Reporter] = []
+        if sys.stderr.isatty() and not quiet:
+            console = Console(stderr=True)
+            reporters.append(stack.enter_context(RichReporter(console)))
+        else:
+            reporters.append(LogReporter(sys.stderr, quiet=quiet))
+        if log_file is not None:
+            try:
+                stream = stack.enter_context(log_file.open("a", encoding="utf-8"))
+            except OSError as err:
+                raise InputError(f"--log-file {log_file}: {err.strerror or err}") from err
+            reporters.append(LogReporter(stream))
+        yield Reporters(*reporters)
+
+
+def main() -> None:
+    """Entry point of the `rilq` command."""
+    app()

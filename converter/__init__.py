@@ -1,0 +1,1 @@
+"""Decisions, and the streaming loop that carries them out."""

@@ -1,0 +1,173 @@
+"""From the work folder to the published checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rilq.converter import workdir
+from rilq.converter.adapters import AdapterSpec
+from rilq.converter.merge import merged_zero_point
+from rilq.converter.workdir import WorkDir
+from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.durable import write_bytes
+from rilq.formats.native import RilqConfig
+from rilq.formats.shard import TensorLayout, read_header, write_shard, write_tensors
+from rilq.formats.verify import file_hash, write_manifest
+from rilq.formats.writer import (
+    copy_side_files,
+    open_staging,
+    plan_shards,
+    publish,
+    shard_names,
+    write_config,
+    write_index,
+)
+from rilq.progress import Reporter
+
+ADAPTER_FOLDER = "adapter"
+
+
+class QuantizedParts:
+    """The quantized checkpoint as the work folder holds it, with or without its adapters merged.
+
+    Args:
+        work: with all layers done.
+        layers: number of decoder layers.
+        adapters: best adapters by `<linear>.a` and `<linear>.b`, float32; None to merge nothing.
+        spec: of the adapters.
+    """
+
+    def __init__(
+        self,
+        work: WorkDir,
+        layers: int,
+        adapters: Mapping[str, Tensor] | None = None,
+        spec: AdapterSpec | None = None,
+    ) -> None:
+        self.files = [work.file("outer.safetensors")]
+        self.files += [work.file(f"layer-{i:04d}.safetensors") for i in range(layers)]
+        self.spec = spec
+        self.adapters = adapters or {}
+        self.layout: dict[str, TensorLayout] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.files:
+            for name, info in read_header(path).tensors.items():
+                self.layout[name] = TensorLayout(info.dtype, info.shape)
+                self._file_of[name] = path
+
+    def outer(self) -> dict[str, Tensor]:
+        """Embedding, final norm and head."""
+        return load_file(self.files[0])
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """All tensors of one decoder layer."""
+        tensors = load_file(self.files[index + 1])
+        return {name: self._merged(name, value, tensors) for name, value in tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as it is stored in the output."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            value = file.get_tensor(name)
+            linear = _linear_of(name)
+            if linear is None or f"{linear}.a" not in self.adapters:
+                return value
+            return self._merged(name, value, {s: file.get_tensor(s) for s in [_scale(linear)]})
+
+    def _merged(self, name: str, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        linear = _linear_of(name)
+        if linear is None or f"{linear}.a" not in self.adapters:
+            return value
+        assert self.spec is not None, "adapters without their spec"
+        a, b = self.adapters[f"{linear}.a"], self.adapters[f"{linear}.b"]
+        return merged_zero_point(tensors[_scale(linear)], value, a, b, self.spec)
+
+
+def _linear_of(name: str) -> str | None:
+    return name.removesuffix(".zero_point") if name.endswith(".zero_point") else None
+
+
+def _scale(linear: str) -> str:
+    return f"{linear}.weight_scale"
+
+
+def write_output(
+    parts: QuantizedParts,
+    checkpoint: Checkpoint,
+    work: WorkDir,
+    *,
+    output: Path,
+    quantization: RilqConfig,
+    max_shard_size: int,
+    manifest: Mapping[str, Any],
+    lora: tuple[AdapterSpec, Mapping[str, Tensor]] | None,
+    report: Reporter,
+) -> None:
+    """Write the checkpoint beside its place, shard by shard, and publish it by one rename.
+
+    Args:
+        parts: what to write.
+        manifest: content of `rilq.json` but for the checksums.
+        lora: a plain LoRA to keep beside the base, as a PEFT folder.
+    """
+    shards = plan_shards({n: t.nbytes for n, t in parts.layout.items()}, max_shard_size)
+    names = shard_names(len(shards))
+    done = {record.unit for record in work.stage("shards")}
+    staging = open_staging(output, work.run_id, keep=done)
+    report.stage("write", len(shards), "shard")
+    for count, (name, members) in enumerate(zip(names, shards, strict=True), start=1):
+        if name not in done:
+            layout = {member: parts.layout[member] for member in members}
+            write_shard(staging / name, layout, parts.tensor)
+            facts: dict[str, Any] = {}
+            work.commit("shards", name, facts, files={staging / name: file_hash(staging / name)})
+        report.step(count)
+    if len(shards) > 1:
+        weight_map = {m: name for name, ms in zip(names, shards, strict=True) for m in ms}
+        write_index(staging, weight_map, sum(t.nbytes for t in parts.layout.values()))
+    write_config(staging, checkpoint.config, quantization, _dtype(parts))
+    side = [name for name in checkpoint.side_files() if name != "config.json"]
+    copy_side_files({name: checkpoint.source.path(name) for name in side}, staging)
+    if lora is not None:
+        write_peft_adapter(staging / ADAPTER_FOLDER, *lora)
+    write_manifest(staging, manifest)
+    workdir.reached("publish:before")
+    publish(staging, output)
+    workdir.reached("publish:after")
+
+
+def write_peft_adapter(folder: Path, spec: AdapterSpec, adapters: Mapping[str, Tensor]) -> None:
+    """A LoRA as stock PEFT loads it: `PeftModel.from_pretrained(base, folder)`.
+
+    Args:
+        folder: made if missing.
+        adapters: `<linear>.a [rank, in_features]` and `<linear>.b [out_features, rank]`.
+    """
+    folder.mkdir(exist_ok=True)
+    linears = [name.removesuffix(".a") for name in adapters if name.endswith(".a")]
+    config = LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, target_modules=linears, task_type=TaskType.CAUSAL_LM
+    ).to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    config["inference_mode"] = True
+    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+    tensors = {}
+    for linear in linears:
+        tensors[f"base_model.model.{linear}.lora_A.weight"] = adapters[f"{linear}.a"].contiguous()
+        tensors[f"base_model.model.{linear}.lora_B.weight"] = adapters[f"{linear}.b"].contiguous()
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_bytes(folder / "adapter_config.json", text.encode())
+
+
+def _dtype(parts: QuantizedParts) -> torch.dtype:
+    """dtype of what is not quantized: that of the source's embedding."""
+    outer = read_header(parts.files[0]).tensors.values()
+    return max(outer, key=lambda info: info.nbytes).dtype

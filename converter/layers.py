@@ -1,0 +1,511 @@
+"""Any supported transformers model, with at most one decoder layer's weights in memory.
+
+The architecture is transformers' own modelling code, built on the meta device. What a decoder layer
+is called with (masks, positions, rotary embeddings) is recorded from transformers' own forward
+pass, so nothing about an architecture is written here but the list of those that were tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rilq.errors import CheckpointError, UnsupportedArchitectureError
+from rilq.formats.checkpoint import Checkpoint, listing
+from rilq.formats.native import RilqConfig, replace_linears
+from rilq.formats.shard import printable
+
+# model_type of every architecture whose streamed states were tested against transformers in memory.
+SUPPORTED = {
+    "llama": "Llama 2/3",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2/2.5",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "phi3": "Phi-3",
+    "olmo2": "OLMo 2",
+}
+
+# Sizes in config.json that must be positive where they are given.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+# What config.json may hold that does not describe the model that is built here.
+_NOT_THE_MODEL = (
+    "quantization_config",
+    "auto_map",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+)
+
+# Old exports stored these buffers; transformers computes them from the config.
+_DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias.causal")
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's configuration as transformers understands it; no remote code is run.
+
+    Raises:
+        UnsupportedArchitectureError: not one of `SUPPORTED`; the message names the architecture.
+        CheckpointError: `config.json` has no `model_type`, or values that make no model.
+    """
+    raw = dict(checkpoint.config)
+    where = f"{checkpoint.source.label}/config.json"
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            f"{where}: no model_type: cannot tell the architecture\n"
+            "  expected a Hugging Face causal language model; check that the folder is complete"
+        )
+    if model_type not in SUPPORTED:
+        named = raw.get("architectures") or ["?"]
+        name = named[0] if isinstance(named, list) and named else named
+        remote = " (its remote code is never run)" if "auto_map" in raw else ""
+        raise UnsupportedArchitectureError(
+            f"{where}: architecture {printable(str(name))} (model_type {model_type!r}) is not "
+            f"supported{remote}\n"
+            f"  supported: {', '.join(SUPPORTED.values())}"
+        )
+    _check_sizes(checkpoint)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(
+            {key: value for key, value in raw.items() if _of_model(key, value)}
+        )
+    except Exception as err:  # transformers validates with many exception types
+        raise CheckpointError(f"{where}: {_one_line(err)}\n  correct config.json") from err
+
+
+def _of_model(key: str, value: Any) -> bool:
+    """Whether an entry of config.json describes the model, not a run or its machine."""
+    if key.endswith("attn_implementation"):
+        return value in ("eager", "sdpa")  # others need kernels that may not be installed here
+    return key not in _NOT_THE_MODEL
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Sizes are positive, and no more layers are asked for than the checkpoint has tensors."""
+    sizes = {key: checkpoint.config.get(key) for key in _SIZES}
+    wrong = {k: v for k, v in sizes.items() if v is not None and not (type(v) is int and v > 0)}
+    if wrong:
+        found = ", ".join(f"{key} {printable(repr(value))}" for key, value in wrong.items())
+        raise CheckpointError(
+            f"{checkpoint.source.label}/config.json: {found}: expected a positive whole number\n"
+            "  correct config.json, or download it again"
+        )
+    if (sizes["num_hidden_layers"] or 0) > len(checkpoint.tensors):  # would be built for hours
+        raise CheckpointError(
+            f"{checkpoint.source.label}/config.json: num_hidden_layers "
+            f"{sizes['num_hidden_layers']}, but the checkpoint has only "
+            f"{len(checkpoint.tensors)} tensors\n  correct num_hidden_layers"
+        )
+
+
+def native_config(checkpoint: Checkpoint) -> RilqConfig | None:
+    """The checkpoint's quantization, if it is in rilq's native format; None for a dense one.
+
+    Raises:
+        CheckpointError: quantized by another method, or in a way that cannot be read.
+    """
+    raw = checkpoint.config.get("quantization_config")
+    if raw is None:
+        return None
+    method = raw.get("quant_method") if isinstance(raw, dict) else None
+    if method != "rilq":
+        raise CheckpointError(
+            f"{checkpoint.source.label}/config.json: quantization_config: the checkpoint is "
+            f"already quantized ({method or 'unknown method'})\n"
+            "  give the original 16-bit checkpoint"
+        )
+    try:
+        return RilqConfig(**{k: v for k, v in raw.items() if k != "quant_method"})
+    except (ValueError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{checkpoint.source.label}/config.json: {err}") from err
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if the checkpoint is quantized, by us or by anybody."""
+    if native_config(checkpoint) is not None:
+        raise CheckpointError(
+            f"{checkpoint.source.label}/config.json: quantization_config: already converted by "
+            "rilq\n  give the original 16-bit checkpoint"
+        )
+
+
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, quantization: RilqConfig | None = None
+) -> nn.Module:
+    """transformers' causal language model on the meta device, its buffers real, in eval mode.
+
+    Raises:
+        CheckpointError: the sizes in the configuration make no model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as err:
+        raise CheckpointError(
+            f"config.json: transformers cannot build this model: {_one_line(err)}\n"
+            "  check the sizes, hidden_act, rope_parameters and pad_token_id"
+        ) from err
+    if quantization is not None:
+        try:
+            replace_linears(model, quantization)
+        except ValueError as err:
+            raise CheckpointError(f"config.json: quantization_config: {err}") from err
+    model.requires_grad_(False)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+class StreamedModel:
+    """A checkpoint's decoder, run one layer at a time.
+
+    Attributes:
+        config: transformers' configuration.
+        model: the causal language model; its decoder layers are on the meta device unless loaded.
+        prefix: module name of the layer list, for example `model.layers`.
+        dtype, device: where and in what the layers compute.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.quantization = native_config(checkpoint)
+        self.config = load_config(checkpoint)
+        self.dtype, self.device = dtype, device
+        self.model = build_skeleton(self.config, dtype, self.quantization)
+        self.prefix, self.layers = decoder_layers(self.model, self.config)
+        self._calls: list[dict[str, Any]] = []
+        self._seqlen = 0
+        self._check_tensors()
+
+    # -- what the checkpoint must hold -----------------------------------------------------------
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the model is in the checkpoint with its shape, and nothing else is."""
+        expected = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        tied = _tied_names(self.model)
+        found = self.checkpoint.tensors
+        missing = [n for n in expected if n not in found and n not in tied]
+        extra = [n for n in found if n not in expected and not n.endswith(_DERIVED)]
+        wrong = [n for n in expected if n in found and tuple(expected[n]) != found[n].shape]
+        count = len(self.layers)
+        label = self.checkpoint.source.label
+        if missing:
+            raise CheckpointError(
+                f"{label}: missing from the checkpoint: {listing(missing)}\n"
+                f"  config.json (num_hidden_layers {count}) asks for them; download the "
+                "checkpoint again, or correct config.json"
+            )
+        if extra:
+            raise CheckpointError(
+                f"{label}: not part of the model that config.json describes "
+                f"(num_hidden_layers {count}): {listing(extra)}\n"
+                "  correct config.json, or download the checkpoint again"
+            )
+        if wrong:
+            name = wrong[0]
+            raise CheckpointError(
+                f"{label}: {name}: shape {list(found[name].shape)}, but config.json asks for "
+                f"{list(expected[name])} ({len(wrong)} of {len(expected)} tensors disagree)\n"
+                "  correct hidden_size, intermediate_size, the head counts or vocab_size"
+            )
+
+    def layer_names(self, index: int) -> list[str]:
+        """Checkpoint names of decoder layer `index`, as stored."""
+        start = f"{self.prefix}.{index}."
+        return [
+            n for n in self.checkpoint.tensors if n.startswith(start) and not n.endswith(_DERIVED)
+        ]
+
+    def outer_names(self) -> list[str]:
+        """Checkpoint names of everything outside the decoder layers (a tied head is left out)."""
+        tied = _tied_names(self.model)
+        return [
+            n
+            for n in self.checkpoint.tensors
+            if not n.startswith(self.prefix + ".") and not n.endswith(_DERIVED) and n not in tied
+        ]
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of decoder layer `index` by full module name, in the order of definition."""
+        return {
+            f"{self.prefix}.{index}.{name}": module
+            for name, module in self.layers[index].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    # -- weights in and out ----------------------------------------------------------------------
+
+    def load_outer(self, tensors: dict[str, Tensor]) -> None:
+        """Put embedding, final norm and head on the device; they stay.
+
+        Raises:
+            CheckpointError: a head is stored that is not the embedding it is said to be tied to.
+        """
+        for name, value in tensors.items():
+            # Cloned: a view would keep the whole shard mapped for as long as the model lives.
+            place_tensor(self.model, name, value.clone(), self.device)
+        self.model.tie_weights()  # type: ignore[operator]
+        place_buffers(self.model, self.device)
+        self._check_tied()
+
+    def _check_tied(self) -> None:
+        """transformers would use a stored head that differs; the embedding must not stand in."""
+        for name in _tied_names(self.model) & self.checkpoint.tensors.keys():
+            head = self.model.get_parameter(name)
+            if not torch.equal(self.checkpoint.read([name])[name].to(head), head):
+                raise CheckpointError(
+                    f"{self.checkpoint.source.label}: {name} differs from the embedding, but "
+                    "config.json has tie_word_embeddings true\n"
+                    "  set tie_word_embeddings to false in config.json"
+                )
+
+    @contextmanager
+    def loaded(self, index: int, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights on the device; afterwards back on meta.
+
+        Args:
+            tensors: by full checkpoint name, as `Checkpoint.read(layer_names(index))` gives them.
+        """
+        try:
+            for name, value in tensors.items():
+                place_tensor(self.model, name, value, self.device)
+            yield self.layers[index]
+        finally:
+            self.layers[index].to("meta")
+
+    def unload(self) -> None:
+        """Drop every weight; the model can be asked about, but not run."""
+        self.model.to("meta")
+
+    # -- running -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare(self, seqlen: int) -> None:
+        """Record what transformers passes to every decoder layer for rows of `seqlen` tokens.
+
+        Two different rows are recorded and compared: arguments that depend on the tokens cannot
+        be used again for other rows.
+
+        Raises:
+            UnsupportedArchitectureError: they do differ.
+        """
+        if seqlen == self._seqlen:
+            return
+        first = torch.zeros(1, seqlen, dtype=torch.long, device=self.device)
+        second = torch.arange(seqlen, device=self.device)[None] % self.config.vocab_size
+        calls = [r.kwargs for r in self._record(input_ids=first)]
+        again = [r.kwargs for r in self._record(input_ids=second)]
+        if not _equal(calls, again):
+            raise UnsupportedArchitectureError(
+                f"{self.config.model_type}: a decoder layer's arguments depend on the tokens; "
+                "such a model cannot be streamed"
+            )
+        self._calls, self._seqlen = calls, seqlen
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """First hidden states `[rows, seq_len, hidden]` of token rows `[rows, seq_len]`."""
+        return self._record(input_ids=tokens.to(self.device))[0].hidden
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Decoder layer `index` (loaded) on hidden states `[rows, seq_len, hidden]`."""
+        out = self.layers[index](hidden, **self._calls[index])
+        out = out[0] if isinstance(out, tuple) else out
+        if out.shape != hidden.shape:
+            raise UnsupportedArchitectureError(
+                f"{self.config.model_type}: a decoder layer turned {list(hidden.shape)} into "
+                f"{list(out.shape)}"
+            )
+        return out  # type: ignore[no-any-return]
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What feeds the head `[rows, seq_len, hidden]`, from the last decoder layer's output."""
+        with self._recorders(last=hidden):
+            out = self.model.base_model(inputs_embeds=hidden, use_cache=False)
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[rows, seq_len, vocabulary]` float32 from the last decoder layer's output."""
+        with self._recorders(last=hidden):
+            out = self.model(inputs_embeds=hidden, use_cache=False)
+        return out.logits.float()  # type: ignore[no-any-return]
+
+    def _record(self, **inputs: Tensor) -> list[_Recorder]:
+        """Run everything but the decoder layers; what each of them would have been called with."""
+        with self._recorders() as recorders:
+            self.model.base_model(**inputs, use_cache=False)
+        for before, after in zip(recorders, recorders[1:], strict=False):
+            if after.hidden is not before.hidden or after.version != before.version:
+                raise UnsupportedArchitectureError(
+                    f"{self.config.model_type}: the model works on hidden states between decoder "
+                    "layers; such a model cannot be streamed"
+                )
+        return recorders
+
+    @contextmanager
+    def _recorders(self, last: Tensor | None = None) -> Iterator[list[_Recorder]]:
+        """Recorders in place of the decoder layers; the last one returns `last`, if given."""
+        real = list(self.layers)
+        recorders = [_Recorder(layer) for layer in real]
+        recorders[-1].answer = last
+        try:
+            for index, recorder in enumerate(recorders):
+                self.layers[index] = recorder
+            yield recorders
+        finally:
+            for index, layer in enumerate(real):
+                self.layers[index] = layer
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it was called with, passes the input on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: its weights are not this module's
+        self.hidden = torch.empty(0)
+        self.version = 0
+        self.kwargs: dict[str, Any] = {}
+        self.answer: Tensor | None = None
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden, self.version, self.kwargs = hidden, hidden._version, kwargs
+        return hidden if self.answer is None else self.answer
+
+    def __getattr__(self, name: str) -> Any:
+        # Older transformers ask the layer for its attention type.
+        return getattr(self.__dict__["layer"], name)
+
+
+def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers, and its module name.
+
+    Raises:
+        UnsupportedArchitectureError: there is not exactly one list of `num_hidden_layers` modules.
+    """
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if len(lists) != 1:
+        raise UnsupportedArchitectureError(
+            f"{config.model_type}: expected one list of {config.num_hidden_layers} decoder "
+            f"layers, found {len(lists)}"
+        )
+    return lists[0]
+
+
+def place_tensor(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+    """Give the parameter or buffer `name` its value, in the dtype that the model was built with."""
+    owner, _, leaf = name.rpartition(".")
+    dtype = getattr(model.get_submodule(owner), leaf).dtype
+    set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
+
+
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move buffers that transformers computed (rotary frequencies) to the device, dtypes kept."""
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta:
+            set_module_tensor_to_device(model, name, device, value=buffer)
+
+
+def input_groups(
+    streamed: StreamedModel, index: int, linears: dict[str, nn.Linear], hidden: Tensor
+) -> list[list[str]]:
+    """Linears of a loaded decoder layer that read the same input, in the order they run.
+
+    For Llama: q, k, v; o; gate, up; down. Found by running one batch, so fused projections and
+    other layouts need no list of names.
+
+    Args:
+        linears: those to group, by full name.
+        hidden: any hidden states of that layer, `[rows, seq_len, hidden]`.
+    """
+    inputs: list[Tensor] = []
+    groups: list[list[str]] = []
+
+    def seen(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if inputs and args[0] is inputs[-1]:
+                groups[-1].append(name)
+            else:
+                inputs.append(args[0])
+                groups.append([name])
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(seen(name)) for name, m in linears.items()]
+    try:
+        streamed.run(index, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
+class _Reached(Exception):
+    """Ends a decoder layer's forward pass once the input that was wanted is known."""
+
+
+def linear_input(streamed: StreamedModel, index: int, linear: nn.Linear, hidden: Tensor) -> Tensor:
+    """The input of one linear of a loaded decoder layer; what comes after it is not computed.
+
+    Returns:
+        `[rows, seq_len, in_features]`, in the compute dtype.
+    """
+    caught: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        caught.append(args[0])
+        raise _Reached
+
+    handle = linear.register_forward_pre_hook(hook)
+    try:
+        streamed.run(index, hidden)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Names of tensors that are another tensor: a head tied to the embedding is not stored."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {f"{n}.weight" for n, module in model.named_modules() if module is head}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    return bool(left == right)
+
+
+def _one_line(err: BaseException) -> str:
+    """The error's kind and text; transformers tells the reason in the second or third line."""
+    text = " ".join(str(err).split())
+    return printable(f"{type(err).__name__}: {text}", 400)

@@ -1,0 +1,89 @@
+"""What the plan needs to know about the machine, measured now."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from rilq.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and the memory beside it.
+
+    Attributes:
+        device: where layers run.
+        dtype: the compute dtype that suits the device: float32 on a CPU, else bfloat16.
+        host_free: bytes of host memory that can still be had.
+        device_free: bytes of device memory free; None on a CPU, where host memory is meant.
+        flops: floating-point operations per second of one matrix product, measured.
+        name: for people.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    host_free: int
+    device_free: int | None
+    flops: float
+    name: str
+
+
+def measure_machine(device: str) -> Machine:
+    """Look at `device` ("auto", "cpu", "cuda", "cuda:1") and time a matrix product on it.
+
+    Raises:
+        OptionError: no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as err:
+        first = (str(err).splitlines() or ["?"])[0]
+        raise OptionError(
+            f"--device {device}: cannot be used: {first}\n  use --device cpu"
+        ) from err
+    host_free = psutil.virtual_memory().available
+    if where.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(where)
+        name = torch.cuda.get_device_name(where)
+        return Machine(where, torch.bfloat16, host_free, free, _flops(where, torch.bfloat16), name)
+    name = f"CPU, {torch.get_num_threads()} threads"
+    return Machine(where, torch.float32, host_free, None, _flops(where, torch.float32), name)
+
+
+def _flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):  # the first run pays for initialisation
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A mounted volume that the job writes to."""
+
+    path: Path
+    device: int
+    free: int
+
+
+def volume_of(path: Path) -> Volume:
+    """The volume that `path`, which need not exist yet, will be on."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return Volume(existing, os.stat(existing).st_dev, shutil.disk_usage(existing).free)

@@ -1,0 +1,432 @@
+"""convert(): plan, stream, train, merge, write, publish; every step resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+import xxhash
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import rilq
+from rilq.calib.dataset import calibration_rows, describe_source, parse_source
+from rilq.converter.adapters import AdapterSpec
+from rilq.converter.finish import QuantizedParts, write_output
+from rilq.converter.layers import StreamedModel, refuse_quantized
+from rilq.converter.machine import Machine, measure_machine
+from rilq.converter.options import ConvertOptions
+from rilq.converter.plan import Choices, Plan, check_fits, make_plan
+from rilq.converter.quantizers import build_quantizer
+from rilq.converter.stream import StreamingPass, StreamOptions, check_source
+from rilq.converter.student import Student
+from rilq.converter.train import Trainer, TrainOptions, validation_loss
+from rilq.converter.workdir import WorkDir, open_workdir, peek
+from rilq.errors import CheckpointError, DatasetError
+from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.hub import open_source
+from rilq.formats.native import RilqConfig
+from rilq.formats.shard import write_tensors
+from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
+from rilq.formats.writer import check_output, parse_size
+from rilq.progress import Reporter
+
+COMPARED_ROWS = 2  # validation rows on which merged and unmerged logits are compared
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion made.
+
+    Attributes:
+        output: the published folder.
+        quality: figures as in `rilq.json`: errors per layer, validation losses, merge difference.
+        already_done: the folder was there, from the same command; nothing was run.
+    """
+
+    output: Path
+    quality: dict[str, Any]
+    already_done: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion about to run: options, source and plan."""
+
+    options: ConvertOptions
+    checkpoint: Checkpoint
+    streamed: StreamedModel
+    machine: Machine
+    plan: Plan
+
+
+def prepare(options: ConvertOptions, report: Reporter) -> Job:
+    """Open the source and plan; reads headers, writes nothing.
+
+    A job that was stopped goes on with the Hub commit and the choices that it began with.
+
+    Raises:
+        InputError: the options, the checkpoint or the architecture cannot be used.
+    """
+    parse_size(options.max_shard_size)
+    begun = peek(options.work) if options.resume != "never" else None
+    revision = options.revision
+    if begun and begun["fingerprint"].get("model") == options.model:
+        revision = begun["fingerprint"].get("commit") or revision
+    source = open_source(options.model, revision=revision, report=report)
+    checkpoint = Checkpoint.open(source, report=report)
+    refuse_quantized(checkpoint)
+    machine = measure_machine(options.device)
+    dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
+    return Job(options, checkpoint, streamed, machine, make_plan(streamed, options, machine))
+
+
+def convert(job: Job, report: Reporter) -> ConvertResult:
+    """Convert a checkpoint as planned; see the README for what is written.
+
+    Raises:
+        InputError: before any work, for what cannot succeed.
+        RilqError: the work failed; its state is in the work folder.
+    """
+    options = job.options
+    fingerprint = _fingerprint(job)
+    if (quality := _finished(options.output, fingerprint)) is not None:
+        _clean(options, fingerprint, report)
+        return ConvertResult(options.output, quality, already_done=True)
+    local = Path(options.model) if job.checkpoint.source.commit is None else None
+    check_output(options.output, source=local, work=options.work)
+    check_fits(job.plan, job.machine)
+    tokenizer = load_tokenizer(job.checkpoint)
+    choices = {**asdict(job.plan.choices), "files": job.checkpoint.file_signatures()}
+    with open_workdir(
+        options.work, fingerprint, choices, resume=options.resume, report=report
+    ) as work:
+        if work.resumed:
+            report.note(f"continuing after {work.records[-1].unit!r} of {options.work}")
+            check_source(job.checkpoint, work)
+        quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
+        if not options.keep_work:
+            work.remove()
+    return ConvertResult(options.output, quality)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer; no remote code is run.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    names = [n for n in checkpoint.side_files() if n != "model.safetensors.index.json"]
+    if not any(n in names for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise CheckpointError(
+            f"{checkpoint.source.label}: no tokenizer.json, tokenizer.model or vocab.json\n"
+            "  put the model's tokenizer files beside its weights"
+        )
+    folder = {checkpoint.source.path(name).parent for name in names}.pop()
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as err:  # tokenizers raises bare Exception
+        first = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        raise CheckpointError(
+            f"{checkpoint.source.label}: the tokenizer cannot be loaded: {first}\n"
+            "  check tokenizer.json and tokenizer_config.json, or download them again"
+        ) from err
+
+
+class _Conversion:
+    """One run of a job inside its open work folder."""
+
+    def __init__(self, job: Job, work: WorkDir, report: Reporter) -> None:
+        self.job, self.work, self.report = job, work, report
+        self.options, self.streamed = job.options, job.streamed
+        saved = {k: v for k, v in work.job["choices"].items() if k != "files"}
+        self.choices = Choices(**saved)
+        self.layers = len(job.streamed.layers)
+        self.adapter_spec = (
+            AdapterSpec(
+                self.options.adapter, self.options.rank, self.options.alpha, self.options.seed
+            )
+            if self.options.rank
+            else None
+        )
+
+    def run(
+        self, tokenizer: PreTrainedTokenizerBase, fingerprint: dict[str, Any]
+    ) -> dict[str, Any]:
+        tokens, data = self._rows(tokenizer)
+        validation = max(1, round(len(tokens) * self.options.val_ratio))
+        stream = StreamingPass(
+            self.job.checkpoint,
+            self.streamed,
+            tokens,
+            self.work,
+            StreamOptions(
+                build_quantizer(self.options.quantizer, clip=self.options.clip),
+                self.options.spec_for,
+                self.choices.batch_rows,
+            ),
+            self.report,
+        )
+        stream.run(targets=self.adapter_spec is not None)
+        self.streamed.unload()
+        quality: dict[str, Any] = {
+            "layer_errors": [
+                r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
+            ]
+        }
+        recipe = {**self.options.recipe(), "learning_rate": self.choices.learning_rate}
+        quantization = self.job.plan.quantization(
+            recipe, self.options.bits, self.options.group_size
+        )
+        adapters: dict[str, Tensor] = {}
+        if self.adapter_spec is not None:
+            if not (ready := self.work.stage("adapters")):
+                self._train(stream, tokens, validation, quantization)
+                ready = self.work.stage("adapters")
+            quality |= ready[-1].facts
+            adapters = load_file(self.work.file("adapters.safetensors"))
+        self._write(adapters, quantization, data, quality, recipe, fingerprint)
+        return quality
+
+    def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
+        """Calibration rows, cut once and kept: a stopped job needs no network to go on."""
+        path = self.work.file("rows.safetensors")
+        if not self.work.stage("rows"):
+            rows = calibration_rows(
+                [parse_source(text) for text in self.options.dataset],
+                tokenizer,
+                nsamples=self.options.nsamples,
+                seqlen=self.choices.seqlen,
+                seed=self.options.seed,
+                text_key=self.options.text_key,
+                mode=self.options.rows,
+            )
+            self._check_vocabulary(rows.tokens)
+            for note in rows.notes:
+                self.report.note(note)
+            write_tensors(path, {"tokens": rows.tokens})
+            facts = {"digest": rows.digest, "sources": list(rows.sources)}
+            self.work.commit("rows", "rows", facts, files={path: file_hash(path)})
+        tokens = load_file(path)["tokens"]
+        facts = self.work.stage("rows")[0].facts
+        return tokens, {**facts, "rows": len(tokens), "seqlen": tokens.shape[1]}
+
+    def _check_vocabulary(self, tokens: Tensor) -> None:
+        size = self.streamed.config.vocab_size
+        if int(tokens.max()) >= size:
+            raise DatasetError(
+                f"{self.job.checkpoint.source.label}: the tokenizer made token {int(tokens.max())},"
+                f" but the embedding has {size} rows\n"
+                "  the tokenizer and the weights do not belong together"
+            )
+
+    def _student(
+        self, parts: QuantizedParts, quantization: RilqConfig, *, adapted: bool
+    ) -> Student:
+        return Student(
+            self.streamed.config,
+            quantization,
+            read_layer=parts.layer,
+            outer=parts.outer(),
+            adapters=self.adapter_spec if adapted else None,
+            tier=self.choices.student,
+            dtype=self.streamed.dtype,
+            device=self.streamed.device,
+        )
+
+    def _train(
+        self, stream: StreamingPass, tokens: Tensor, validation: int, quantization: RilqConfig
+    ) -> None:
+        """Train, keep the best adapters, and measure what merging them changes."""
+        spec = self.adapter_spec
+        assert spec is not None, "training needs adapters"
+        student = self._student(QuantizedParts(self.work, self.layers), quantization, adapted=True)
+        o = self.options
+        trainer = Trainer(
+            student,
+            tokens,
+            stream.targets(),
+            validation=validation,
+            options=TrainOptions(
+                self.choices.learning_rate,
+                o.steps,
+                o.batch_size,
+                self.choices.micro_batch,
+                o.val_every,
+                o.patience,
+                o.seed,
+            ),
+        )
+        if done := self.work.stage("train"):
+            trainer.restore(load_file(next(iter(self._paths(done[-1].files)))), done[-1].facts)
+        trainer.run(self._checkpointer(trainer), self.report)
+        trainer.use_best()
+        facts: dict[str, Any] = {
+            "validation_loss_before": trainer.progress.history[0][1],
+            "validation_loss": trainer.progress.best_loss,
+            "best_step": trainer.progress.best_step,
+            "steps": trainer.progress.step,
+            "history": trainer.progress.history,
+        }
+        path = self.work.file("adapters.safetensors")
+        best = dict(trainer.best)
+        write_tensors(path, best)
+        if spec.kind == "pooled":
+            sample = tokens[-validation:][:COMPARED_ROWS].to(self.streamed.device)
+            with torch.no_grad():
+                before = student(sample)[1].cpu()
+            del student, trainer
+            parts = QuantizedParts(self.work, self.layers, best, spec)
+            merged = self._student(parts, quantization, adapted=False)
+            facts |= self._merge_figures(merged, before, sample, stream, tokens, validation)
+        self.work.commit("adapters", "adapters", facts, files={path: file_hash(path)})
+
+    def _merge_figures(
+        self,
+        merged: Student,
+        before: Tensor,
+        sample: Tensor,
+        stream: StreamingPass,
+        tokens: Tensor,
+        validation: int,
+    ) -> dict[str, Any]:
+        with torch.no_grad():
+            after = merged(sample)[1].cpu()
+        apart = (after - before).abs()
+        figures = {
+            "merge_max_logit_difference": apart.max().item(),
+            "merge_mean_logit_difference": apart.mean().item(),
+            "validation_loss_merged": validation_loss(
+                merged,
+                tokens,
+                stream.targets(),
+                rows=range(len(tokens) - validation, len(tokens)),
+                batch=self.choices.micro_batch,
+                device=self.streamed.device,
+            ),
+        }
+        self.report.note(
+            f"merged: logits differ from the unmerged ones by at most "
+            f"{figures['merge_max_logit_difference']:.2g} (mean "
+            f"{figures['merge_mean_logit_difference']:.2g}, float16 rounding of the zero-points)"
+        )
+        return figures
+
+    def _checkpointer(self, trainer: Trainer) -> Callable[[], None]:
+        def commit() -> None:
+            step = trainer.progress.step
+            path = self.work.file(f"train-{step:06d}.safetensors")
+            write_tensors(path, trainer.tensors())
+            self.work.commit(
+                "train",
+                f"step {step}",
+                trainer.progress.as_facts(),
+                passing={path: file_hash(path)},
+            )
+
+        return commit
+
+    def _paths(self, keys: Any) -> list[Path]:
+        return [self.work.path / key for key in keys]
+
+    def _write(
+        self,
+        adapters: dict[str, Tensor],
+        quantization: RilqConfig,
+        data: dict[str, Any],
+        quality: dict[str, Any],
+        recipe: dict[str, Any],
+        fingerprint: dict[str, Any],
+    ) -> None:
+        spec = self.adapter_spec
+        merging = spec is not None and spec.kind == "pooled"
+        parts = QuantizedParts(self.work, self.layers, adapters if merging else None, spec)
+        lora = (spec, adapters) if spec is not None and not merging else None
+        manifest = {
+            "format_version": quantization.format_version,
+            "job": job_hash(fingerprint),
+            "versions": versions(),
+            "source": {
+                "name": _base_name(self.job.checkpoint),
+                "commit": self.job.checkpoint.source.commit,
+                "header_hash": self.job.checkpoint.header_hash(),
+            },
+            "recipe": recipe,
+            "compute_dtype": self.choices.dtype,
+            "bits_per_weight": self.job.plan.bits_per_weight,
+            "bits_per_parameter": self.job.plan.bits_per_parameter,
+            "kept_in_16_bits": dict(self.job.plan.kept),
+            "calibration": data,
+            "quality": quality,
+        }
+        write_output(
+            parts,
+            self.job.checkpoint,
+            self.work,
+            output=self.options.output,
+            quantization=quantization,
+            max_shard_size=parse_size(self.options.max_shard_size),
+            manifest=manifest,
+            lora=lora,
+            report=self.report,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of rilq and of the libraries that have an effect on the result."""
+    return {
+        "rilq": rilq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """Everything that determines the result, as JSON values, one comparable value per key."""
+    options = job.options
+    return {
+        **options.recipe(),
+        "model": options.model if job.checkpoint.source.commit else "local folder",
+        "commit": job.checkpoint.source.commit,
+        "source": job.checkpoint.header_hash(),
+        "dataset": [describe_source(parse_source(text)) for text in options.dataset],
+        "device": options.device,
+        "dtype": options.dtype,
+        "student": options.student,
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+
+
+def job_hash(fingerprint: dict[str, Any]) -> str:
+    """xxh3 of a fingerprint: two runs with the same one make the same bytes."""
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(fingerprint, sort_keys=True).encode()))
+
+
+def _finished(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """Quality figures of `output`, if this very job has published it already."""
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(output)
+    return dict(manifest["quality"]) if manifest.get("job") == job_hash(fingerprint) else None
+
+
+def _clean(options: ConvertOptions, fingerprint: dict[str, Any], report: Reporter) -> None:
+    """Remove the work folder of a job that was killed between publishing and cleaning up."""
+    if options.keep_work or not options.work.is_dir():
+        return
+    with open_workdir(options.work, fingerprint, {}, resume="auto", report=report) as work:
+        work.remove()
+
+
+def _base_name(checkpoint: Checkpoint) -> str:
+    label = checkpoint.source.label
+    return label if checkpoint.source.commit else Path(label).resolve().name

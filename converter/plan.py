@@ -1,0 +1,434 @@
+"""What a conversion will do and need; pure, printable, made before anything is touched.
+
+Memory and disk figures are upper bounds, from shapes alone. The time is an estimate, and says what
+it is based on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rilq.converter.adapters import AdapterSpec, learning_rate, parameter_count
+from rilq.converter.layers import StreamedModel
+from rilq.converter.machine import Machine, volume_of
+from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions, matches
+from rilq.converter.student import Tier
+from rilq.errors import OptionError, OutputError
+from rilq.formats.native import RilqConfig
+from rilq.formats.spec import GROUP_SIZES, QuantSpec
+
+STREAM_TOKENS = 4096  # tokens that run through a layer at once; more gains nothing on a CPU
+FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear: its full name and shape, and its spec, or why it has none."""
+
+    name: str
+    out_features: int
+    in_features: int
+    spec: QuantSpec | None
+    kept_because: str = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen automatically; a stopped job keeps it when it continues."""
+
+    dtype: str
+    device: str
+    student: Tier
+    batch_rows: int
+    micro_batch: int
+    learning_rate: float
+    seqlen: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes needed on one volume, and bytes free there."""
+
+    volume: str
+    holds: str
+    needed: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, decided.
+
+    Attributes:
+        quantized, kept: linears of the decoder layers, and what stays in 16 bits with its reason.
+        read_bytes: of the checkpoint.
+        host_bytes, device_bytes: peak memory above the interpreter's own; on a CPU all is host.
+        bits_per_weight: over the quantized linears, scales and zero-points counted.
+        bits_per_parameter: over all parameters of the output.
+        seconds: estimate; `time_basis` says from what.
+    """
+
+    model: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    quantized: tuple[LinearPlan, ...]
+    kept: tuple[tuple[str, str], ...]
+    rows: int
+    validation_rows: int
+    choices: Choices
+    read_bytes: int
+    host_bytes: int
+    device_bytes: int | None
+    disks: tuple[Disk, ...]
+    output_bytes: int
+    bits_per_weight: float
+    bits_per_parameter: float
+    seconds: float
+    time_basis: str
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, with full words."""
+        return asdict(self)
+
+    def quantization(self, recipe: Mapping[str, Any], bits: int, group_size: int) -> RilqConfig:
+        """`quantization_config` of the output."""
+        return RilqConfig(
+            bits,
+            group_size,
+            modules_to_not_convert=["lm_head", *(name for name, _ in self.kept)],
+            bits_for={
+                p.name: p.spec.bits for p in self.quantized if p.spec and p.spec.bits != bits
+            },
+            recipe=recipe,
+        )
+
+
+def make_plan(
+    streamed: StreamedModel, options: ConvertOptions, machine: Machine, rows: int | None = None
+) -> Plan:
+    """Decide how to convert a checkpoint; reads headers, touches nothing.
+
+    Args:
+        rows: calibration rows, where already known; else as many as the options ask for.
+
+    Raises:
+        OptionError: options that this model contradicts; a linear that no group size divides.
+    """
+    config, checkpoint = streamed.config, streamed.checkpoint
+    rows = rows or options.nsamples or DEFAULT_ROWS
+    seqlen = _seqlen(options, config.max_position_embeddings)
+    validation = max(1, round(rows * options.val_ratio))
+    linears = _linears(streamed, options)
+    quantized = tuple(p for p in linears if p.spec is not None)
+    kept = tuple((p.name, p.kept_because) for p in linears if p.spec is None)
+    _check(options, quantized, rows, validation)
+    sizes = _Sizes.of(streamed, quantized, options, rows, seqlen)
+    choices = _choose(sizes, options, machine, seqlen, config.hidden_size)
+    item = getattr(torch, choices.dtype).itemsize
+    stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
+    peak = max(stream, train if options.rank else 0) + FIXED
+    on_cpu = machine.device_free is None
+    output = sizes.output_bytes + (sizes.adapter_values * 4 if options.adapter == "lora" else 0)
+    seconds, basis = _time(sizes, options, machine, validation, rows)
+    return Plan(
+        model=checkpoint.source.label,
+        architecture=type(streamed.model).__name__,
+        layers=len(streamed.layers),
+        hidden_size=config.hidden_size,
+        parameters=sizes.parameters,
+        quantized=quantized,
+        kept=kept,
+        rows=rows,
+        validation_rows=validation,
+        choices=choices,
+        read_bytes=checkpoint.nbytes(_needed(streamed)),
+        host_bytes=peak if on_cpu else sizes.layer_bytes * 3 + sizes.outer_bytes + FIXED,
+        device_bytes=None if on_cpu else peak,
+        disks=_disks(options, sizes.work_bytes(item, options), output),
+        output_bytes=output,
+        bits_per_weight=sizes.quantized_bits / max(1, sizes.quantized_weights),
+        bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
+        seconds=seconds,
+        time_basis=basis,
+        notes=_notes(options, quantized),
+    )
+
+
+def check_fits(plan: Plan, machine: Machine) -> None:
+    """Refuse what cannot fit, before any work.
+
+    Raises:
+        OutputError: a volume, naming it; OptionError: memory, with how to lower it.
+    """
+    for disk in plan.disks:
+        if disk.needed > disk.free:
+            raise OutputError(
+                f"{disk.volume}: {gigabytes(disk.needed)} needed for {disk.holds}, "
+                f"{gigabytes(disk.free)} free\n"
+                "  make room, or put --output-dir or --work-dir on another volume"
+            )
+    for what, needed, free in (
+        ("host memory", plan.host_bytes, machine.host_free),
+        (f"memory of {machine.name}", plan.device_bytes or 0, machine.device_free or 0),
+    ):
+        if needed > free:
+            raise OptionError(
+                f"{what}: {gigabytes(needed)} needed, {gigabytes(free)} free\n"
+                "  lower --seqlen or --batch-size, use --student packed, or --rank 0"
+            )
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people, in powers of ten: `1.4 MB`, `22 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Counts from which all figures follow; bytes are as stored unless said."""
+
+    layers: int
+    layer_values: int  # parameters of the largest decoder layer
+    layer_bytes: int
+    outer_values: int
+    outer_bytes: int
+    parameters: int
+    largest_linear: int
+    widest_input: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    quantized_weights: int
+    quantized_bits: int
+    output_bytes: int
+    adapter_values: int
+    rows: int
+    seqlen: int
+    hessians: bool
+
+    @classmethod
+    def of(
+        cls,
+        streamed: StreamedModel,
+        quantized: tuple[LinearPlan, ...],
+        options: ConvertOptions,
+        rows: int,
+        seqlen: int,
+    ) -> _Sizes:
+        tensors, checkpoint = streamed.checkpoint.tensors, streamed.checkpoint
+        layers = [streamed.layer_names(i) for i in range(len(streamed.layers))]
+        outer = streamed.outer_names()
+        weights = {f"{p.name}.weight" for p in quantized}
+        bits = sum(
+            p.out_features * p.in_features * p.spec.bits_per_weight for p in quantized if p.spec
+        )
+        adapters = AdapterSpec(options.adapter, max(1, options.rank), options.alpha, options.seed)
+        return cls(
+            layers=len(layers),
+            layer_values=max(_values(streamed, names) for names in layers),
+            layer_bytes=max(checkpoint.nbytes(names) for names in layers),
+            outer_values=_values(streamed, outer),
+            outer_bytes=checkpoint.nbytes(outer),
+            parameters=_values(streamed, outer) + sum(_values(streamed, n) for n in layers),
+            largest_linear=max((p.out_features * p.in_features for p in quantized), default=0),
+            widest_input=max((p.in_features for p in quantized), default=0),
+            hidden=streamed.config.hidden_size,
+            intermediate=streamed.config.intermediate_size,
+            vocabulary=streamed.config.vocab_size,
+            quantized_weights=sum(p.out_features * p.in_features for p in quantized),
+            quantized_bits=int(bits),
+            output_bytes=int(bits) // 8
+            + sum(t.nbytes for n, t in tensors.items() if n in set(outer))
+            + sum(tensors[n].nbytes for names in layers for n in names if n not in weights),
+            adapter_values=sum(
+                parameter_count(adapters, p.out_features, p.in_features, options.group_size)
+                for p in quantized
+            )
+            * (options.rank > 0),
+            rows=rows,
+            seqlen=seqlen,
+            hessians=options.quantizer != "rtn",
+        )
+
+    def states_bytes(self, item: int) -> int:
+        return self.rows * self.seqlen * self.hidden * item
+
+    def activations(self, rows: int, item: int) -> int:
+        """One decoder layer at work on `rows` rows, inputs and outputs included."""
+        return rows * self.seqlen * (10 * self.hidden + 4 * self.intermediate) * item
+
+    def stream_bytes(self, item: int, choices: Choices) -> int:
+        """Full-precision layer as stored and as computed, quantizer's copies, one batch."""
+        layer = self.layer_bytes + self.layer_values * item
+        quantizer = 8 * 4 * self.largest_linear
+        hessian = 4 * 4 * self.widest_input**2 if self.hessians else 0
+        outer = self.outer_values * item
+        return layer + quantizer + hessian + outer + 2 * self.activations(choices.batch_rows, item)
+
+    def train_bytes(self, item: int, choices: Choices) -> int:
+        """Weights, adapters with Adam and the best copy, checkpointed activations, logits."""
+        weights = self.output_bytes
+        if choices.student == "dense":
+            weights = self.outer_values * item + self.layers * self.layer_values * item
+        tokens = choices.micro_batch * self.seqlen
+        kept = self.layers * tokens * self.hidden * item
+        logits = 3 * tokens * self.vocabulary * 4
+        work = 3 * self.activations(choices.micro_batch, item)
+        dequantized = 0 if choices.student == "dense" else 2 * 4 * self.largest_linear
+        return weights + 7 * 4 * self.adapter_values + kept + logits + work + dequantized
+
+    def work_bytes(self, item: int, options: ConvertOptions) -> int:
+        """Layers and outer tensors, four sets of states (or targets), two training states."""
+        states = 5 * self.states_bytes(item)
+        return self.output_bytes + states + 2 * 4 * 4 * self.adapter_values + (4 << 20)
+
+
+def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
+    return sum(torch.Size(streamed.checkpoint.tensors[n].shape).numel() for n in names)
+
+
+def _needed(streamed: StreamedModel) -> list[str]:
+    layers = range(len(streamed.layers))
+    return [*streamed.outer_names(), *(n for i in layers for n in streamed.layer_names(i))]
+
+
+def _seqlen(options: ConvertOptions, most: int) -> int:
+    if options.seqlen is None:
+        return min(DEFAULT_SEQLEN, most)
+    if options.seqlen > most:
+        raise OptionError(
+            f"--seqlen {options.seqlen}: the model's max_position_embeddings is {most}\n"
+            f"  use --seqlen {most} or less"
+        )
+    return options.seqlen
+
+
+def _linears(streamed: StreamedModel, options: ConvertOptions) -> list[LinearPlan]:
+    plans = []
+    for index in range(len(streamed.layers)):
+        for name, module in streamed.linears(index).items():
+            spec = options.spec_for(name)
+            pattern = next((p for p in options.skip if matches(p, name)), "")
+            why = "" if spec else f"--skip {pattern}"
+            plans.append(LinearPlan(name, module.out_features, module.in_features, spec, why))
+    unused = [
+        p for p in options.skip if p != "lm_head" and not any(matches(p, n.name) for n in plans)
+    ]
+    unused += [p for p, _ in options.bits_for if not any(matches(p, n.name) for n in plans)]
+    if unused:
+        raise OptionError(
+            f"--skip / --bits-for {', '.join(unused)}: matches no linear of the decoder layers\n"
+            f"  names look like {plans[0].name}; shell patterns and last parts work"
+        )
+    return plans
+
+
+def _check(
+    options: ConvertOptions, quantized: tuple[LinearPlan, ...], rows: int, validation: int
+) -> None:
+    ragged = [p for p in quantized if p.in_features % options.group_size]
+    if ragged:
+        widths = {p.in_features for p in ragged}
+        legal = [g for g in GROUP_SIZES if all(p.in_features % g == 0 for p in quantized)]
+        remedy = f"use --group-size {legal[-1]}" if legal else "no group size divides all widths"
+        shown = ", ".join(f"{p.name} ({p.in_features})" for p in ragged[:10])
+        raise OptionError(
+            f"--group-size {options.group_size}: in_features is not a multiple of it in "
+            f"{len(ragged)} linears (widths {sorted(widths)}): {shown}\n"
+            f"  {remedy}, or keep those linears with --skip {ragged[0].name.rpartition('.')[2]}"
+        )
+    if options.adapter == "lora":
+        least = min((min(p.out_features, p.in_features) for p in quantized), default=options.rank)
+        if options.rank > least:
+            raise OptionError(
+                f"--rank {options.rank}: --adapter lora allows at most {least} here, the least "
+                "width of a quantized linear\n  use a smaller --rank"
+            )
+    if rows - validation < 1:
+        raise OptionError(
+            f"--val-ratio {options.val_ratio}: {validation} of {rows} rows leave none to train on"
+        )
+
+
+def _notes(options: ConvertOptions, quantized: tuple[LinearPlan, ...]) -> tuple[str, ...]:
+    notes = []
+    groups = [p.in_features // options.group_size for p in quantized]
+    if options.rank and options.adapter == "pooled" and groups and options.rank > min(groups):
+        limited = Counter(g for g in groups if g < options.rank)
+        notes.append(
+            f"rank {options.rank}: a pooled adapter's effective rank is min(rank, groups): "
+            + ", ".join(f"{g} in {n} linears" for g, n in sorted(limited.items()))
+        )
+    if options.rank and options.adapter == "lora":
+        notes.append("a plain LoRA cannot be merged; it is kept beside the base as a PEFT folder")
+    return tuple(notes)
+
+
+def _choose(
+    sizes: _Sizes, options: ConvertOptions, machine: Machine, seqlen: int, hidden: int
+) -> Choices:
+    """Tier and batch sizes that fit the free memory; the fastest first."""
+    dtype = options.dtype if options.dtype != "auto" else str(machine.dtype).rpartition(".")[2]
+    item = getattr(torch, dtype).itemsize
+    free = machine.device_free if machine.device_free is not None else machine.host_free
+    tiers: list[Tier] = ["dense", "packed"] if options.student == "auto" else [options.student]
+    micros = [m for m in range(options.batch_size, 0, -1) if options.batch_size % m == 0]
+    rate = options.learning_rate or learning_rate(hidden)
+    batch_rows = max(1, STREAM_TOKENS // seqlen)
+    tries = [
+        Choices(dtype, str(machine.device), tier, batch_rows, micro, rate, seqlen)
+        for tier in tiers
+        for micro in micros
+    ]
+    # A packed student dequantizes anew for every micro-batch; a dense one with small micro-batches
+    # is still faster, so the order of `tries` is that of speed.
+    fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
+    return fitting[0] if fitting else tries[-1]
+
+
+def _disks(options: ConvertOptions, work: int, output: int) -> tuple[Disk, ...]:
+    """Bytes per volume; folders on one volume are added up."""
+    needs: dict[int, Disk] = {}
+    wanted: list[tuple[Path, str, int]] = [
+        (options.work, "the work folder", work),
+        (options.output, "the output", output),
+    ]
+    for path, holds, needed in wanted:
+        volume = volume_of(path)
+        known = needs.get(volume.device)
+        if known is not None:
+            holds, needed = f"{known.holds} and {holds}", known.needed + needed
+        needs[volume.device] = Disk(str(volume.path), holds, needed, volume.free)
+    return tuple(needs.values())
+
+
+def _time(
+    sizes: _Sizes, options: ConvertOptions, machine: Machine, validation: int, rows: int
+) -> tuple[float, str]:
+    weights = sizes.layers * sizes.layer_values
+    head = sizes.vocabulary * sizes.hidden
+    passes = 2 + (2 if sizes.hessians else 0)  # teacher, student; collecting per group of linears
+    stream = 2.0 * weights * rows * sizes.seqlen * passes
+    validations = options.steps // options.val_every + 2
+    trained = options.steps * options.batch_size * 3 + validations * validation
+    train = 2.0 * (weights + head) * sizes.seqlen * trained if options.rank else 0.0
+    gptq = 2.0 * sizes.quantized_weights * sizes.widest_input if sizes.hessians else 0.0
+    seconds = (stream + train + gptq) / (machine.flops * 0.5)
+    basis = (
+        f"{(stream + train + gptq) / 1e12:.3g} TFLOP at half of the {machine.flops / 1e9:.0f} "
+        f"GFLOP/s that one matrix product reached here ({machine.name}); reading not counted"
+    )
+    return seconds, basis

@@ -1,0 +1,267 @@
+"""The one pass over the checkpoint: teacher states, quantized layers, student states, targets.
+
+Order per decoder layer: read, run the teacher, collect, quantize, save, read back what was saved,
+run the student with it, commit. A packing fault thus shows at layer 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rilq.calib.activations import ActivationStore, ActivationWriter
+from rilq.calib.statistics import HessianSum
+from rilq.converter.layers import StreamedModel, input_groups, linear_input
+from rilq.converter.quantizers import Quantizer
+from rilq.converter.workdir import WorkDir
+from rilq.errors import CheckpointError
+from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.native import native_tensors
+from rilq.formats.packing import dequantize_packed
+from rilq.formats.shard import write_tensors
+from rilq.formats.spec import QuantSpec
+from rilq.formats.verify import file_hash
+from rilq.progress import Reporter
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What the streaming pass needs to know.
+
+    Attributes:
+        quantizer: of every quantized linear.
+        spec_for: full module name to spec; None leaves a linear as it is.
+        batch_rows: calibration rows that run at once.
+    """
+
+    quantizer: Quantizer
+    spec_for: Callable[[str], QuantSpec | None]
+    batch_rows: int
+
+
+class StreamingPass:
+    """Streams a checkpoint once; every decoder layer is one unit of work.
+
+    Args:
+        checkpoint: the source.
+        streamed: its model, nothing loaded yet.
+        tokens: calibration rows `[rows, seq_len]` int64.
+        work: where quantized layers and hidden states go, and what is done already.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        streamed: StreamedModel,
+        tokens: Tensor,
+        work: WorkDir,
+        options: StreamOptions,
+        report: Reporter,
+    ) -> None:
+        self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
+        self.work, self.options, self.report = work, options, report
+        self.shape = (*tokens.shape, streamed.config.hidden_size)
+
+    @torch.no_grad()
+    def run(self, *, targets: bool) -> None:
+        """Do what is not done yet; with `targets`, also the teacher's final hidden states."""
+        self._outer()
+        done = len(self.work.stage("layers"))
+        count = len(self.streamed.layers)
+        if done == count + 1 + targets:
+            return
+        self.streamed.prepare(self.shape[1])
+        self.report.stage("layers", count, "layer")
+        if done == 0:
+            self._embedding()
+            done = 1
+        self.report.step(done - 1)
+        for index in range(done - 1, count):
+            error = self._layer(index)
+            self.report.step(index + 1, error=round(error, 4))
+        if targets:
+            self._targets()
+
+    def _outer(self) -> None:
+        """Embedding, final norm and head: on the device, and saved for the output."""
+        path = self.work.file("outer.safetensors")
+        if not self.work.stage("outer"):
+            write_tensors(path, self.checkpoint.read(self.streamed.outer_names()))
+            facts = {"source": self._source_hashes(self.streamed.outer_names())}
+            self.work.commit("outer", "outer", facts, files={path: file_hash(path)})
+        self.streamed.load_outer(load_file(path))
+
+    def _embedding(self) -> None:
+        path = self._states("teacher", 0)
+        with self._writer(path, "the embedding") as writer:
+            for start in range(0, len(self.tokens), self.options.batch_rows):
+                rows = self.tokens[start : start + self.options.batch_rows]
+                writer.append(self.streamed.embed(rows))
+        # Nothing is quantized yet: the student starts from the teacher's file.
+        self.work.commit("layers", "embedding", {}, passing={path: writer.digest})
+
+    def _layer(self, index: int) -> float:
+        """Stream one decoder layer; the student's relative squared error after it."""
+        names = self.streamed.layer_names(index)
+        tensors = self.checkpoint.read(names)
+        teacher = self._store(self._states("teacher", index))
+        student = self._store(self._states("student" if index else "teacher", index))
+        next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
+        with self.streamed.loaded(index, tensors):
+            digest = self._propagate(index, teacher, next_teacher)
+            saved = self._quantize(index, tensors, student)
+            path = self.work.file(f"layer-{index:04d}.safetensors")
+            write_tensors(path, saved)
+            self._use_saved(index, load_file(path))
+            student_digest, error = self._propagate_compared(
+                index, student, next_student, self._store(next_teacher)
+            )
+        self.work.commit(
+            "layers",
+            f"layer {index}",
+            {"error": error, "source": self._source_hashes(names)},
+            files={path: file_hash(path)},
+            passing={next_teacher: digest, next_student: student_digest},
+        )
+        return error
+
+    def _quantize(
+        self, index: int, tensors: dict[str, Tensor], student: ActivationStore
+    ) -> dict[str, Tensor]:
+        """Quantize a loaded layer's linears; all of its tensors as they will be stored.
+
+        Linears are taken in the order in which they run, those that share an input together, so
+        that each sees what the quantized ones before it produce.
+        """
+        linears = {
+            name: module
+            for name, module in self.streamed.linears(index).items()
+            if self.options.spec_for(name) is not None
+        }
+        saved = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
+        if not linears:
+            return saved
+        probe = student.read(0, 1).to(self.streamed.device)
+        for group in input_groups(self.streamed, index, linears, probe):
+            hessian = None
+            if self.options.quantizer.needs_hessian:
+                hessian = self._hessian(index, linears[group[0]], student)
+            for name in group:
+                spec = self.options.spec_for(name)
+                assert spec is not None, name
+                weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
+                native = native_tensors(
+                    name, self.options.quantizer.quantize(weight, spec, hessian)
+                )
+                _assign(linears[name], native, name, spec)
+                saved |= {n: t.cpu() for n, t in native.items()}
+        return saved
+
+    def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
+        total = HessianSum(linear.in_features, self.streamed.device)
+        for _, batch in student.batches(self.options.batch_rows):
+            hidden = batch.to(self.streamed.device)
+            total.add(linear_input(self.streamed, index, linear, hidden))
+        return total.value()
+
+    def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
+        for name, module in self.streamed.linears(index).items():
+            if (spec := self.options.spec_for(name)) is not None:
+                _assign(module, saved, name, spec)
+
+    def _propagate(self, index: int, source: ActivationStore, target: Path) -> str:
+        """Run a loaded layer over all rows, from file to file; the new file's xxh3."""
+        with self._writer(target, f"decoder layer {index}") as writer:
+            for _, batch in source.batches(self.options.batch_rows):
+                writer.append(self.streamed.run(index, batch.to(self.streamed.device)))
+        return writer.digest
+
+    def _propagate_compared(
+        self, index: int, source: ActivationStore, target: Path, reference: ActivationStore
+    ) -> tuple[str, float]:
+        """As `_propagate`; also `|out - reference|^2 / |reference|^2` over all rows."""
+        size = self.options.batch_rows
+        apart = norm = 0.0
+        with self._writer(target, f"quantized decoder layer {index}") as writer:
+            pairs = zip(source.batches(size), reference.batches(size), strict=True)
+            for (_, batch), (_, wanted) in pairs:
+                out = self.streamed.run(index, batch.to(self.streamed.device))
+                wanted = wanted.to(self.streamed.device).float()
+                apart += (out.float() - wanted).square().sum().item()
+                norm += wanted.square().sum().item()
+                writer.append(out)
+        return writer.digest, apart / norm
+
+    def _targets(self) -> None:
+        """What feeds the head in the full-precision model; then it is never needed again."""
+        path = self.work.file("targets.bin")
+        source = self._store(self._states("teacher", len(self.streamed.layers)))
+        with self._writer(path, "the final norm") as writer:
+            for _, batch in source.batches(self.options.batch_rows):
+                writer.append(self.streamed.final_norm(batch.to(self.streamed.device)))
+        self.work.commit("layers", "targets", {}, files={path: writer.digest})
+
+    def targets(self) -> ActivationStore:
+        """The teacher's final hidden states, `[rows, seq_len, hidden]` in the compute dtype."""
+        return self._store(self.work.file("targets.bin"))
+
+    def _states(self, who: str, index: int) -> Path:
+        return self.work.file(f"{who}-{index:04d}.bin")
+
+    def _store(self, path: Path) -> ActivationStore:
+        return ActivationStore(path, self.shape, self.streamed.dtype)
+
+    def _writer(self, path: Path, label: str) -> ActivationWriter:
+        return ActivationWriter(path, self.shape, self.streamed.dtype, label=label)
+
+    def _source_hashes(self, names: list[str]) -> dict[str, str]:
+        return {name: self.checkpoint.hashes[name] for name in names}
+
+
+def check_source(checkpoint: Checkpoint, work: WorkDir) -> None:
+    """That the source is still what the finished units were made from.
+
+    Files whose size, times and inode are what they were are taken as unchanged; the tensors that
+    were read from any other file are hashed again.
+
+    Raises:
+        CheckpointError: a file changed; the message names it.
+    """
+    now = {k: list(v) for k, v in checkpoint.file_signatures().items()}
+    touched = [k for k, v in work.job["choices"]["files"].items() if now.get(k) != v]
+    if not touched:
+        return
+    read: dict[str, str] = {}
+    for record in work.records:
+        read |= record.facts.get("source", {})
+    for shard in touched:
+        names = [n for n in checkpoint.tensors if checkpoint.shard_of[n] == shard]
+        for name in names:
+            expected = read.get(name)
+            if expected is None:
+                what = f"it was touched, and {name} had not been read yet"
+            else:
+                checkpoint.read([name])
+                if checkpoint.hashes[name] == expected:
+                    continue
+                what = f"{name} differs"
+            raise CheckpointError(
+                f"{checkpoint.source.label}/{shard}: the source changed since {work.path} was "
+                f"begun: {what}\n"
+                "  pass --work-dir with a new folder to convert the checkpoint as it is now"
+            )
+
+
+def _assign(module: nn.Linear, native: dict[str, Tensor], name: str, spec: QuantSpec) -> None:
+    """Give a loaded linear the weight that its native tensors stand for."""
+    words, scale, zero_point = (
+        native[f"{name}.{part}"].to(module.weight.device)
+        for part in ("weight", "weight_scale", "zero_point")
+    )
+    weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,299 @@
+"""RILQ's loss and its training loop, resumable to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rilq.calib.activations import ActivationStore, prefetch
+from rilq.converter.student import Student
+from rilq.errors import RilqError
+from rilq.progress import Reporter
+
+MAX_BAD_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train.
+
+    Attributes:
+        learning_rate: Adam's peak learning rate.
+        steps: updates at most.
+        batch_size: rows per update.
+        micro_batch: rows per forward pass; gradients add up to those of `batch_size` rows.
+        val_every: updates between two validations (and two checkpoints).
+        patience: validations without a gain after which training stops.
+        seed: of the order of rows.
+    """
+
+    learning_rate: float
+    steps: int
+    batch_size: int = 8
+    micro_batch: int = 8
+    val_every: int = 25
+    patience: int = 5
+    seed: int = 42
+
+
+@dataclass
+class Progress:
+    """Where training stands; with the tensors of `Trainer.tensors()` all that a resume needs.
+
+    Attributes:
+        applied: steps whose loss was finite; Adam's own count.
+        history: `(step, validation loss)` of every validation.
+        train_losses: mean training loss of every interval between validations.
+    """
+
+    step: int = 0
+    applied: int = 0
+    best_step: int = 0
+    best_loss: float = float("inf")
+    stale: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    train_losses: list[float] = field(default_factory=list)
+
+    def as_facts(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def rilq_loss(hidden: Tensor, logits: Tensor, target: Tensor, tokens: Tensor) -> Tensor:
+    """`0.5 * MSE(final hidden states) + 0.5 * CE(next token)`, a scalar in float32.
+
+    Args:
+        hidden, target: the student's and the teacher's `[rows, seq_len, hidden]`, after the norm.
+        logits: the student's `[rows, seq_len, vocabulary]`, float32.
+        tokens: `[rows, seq_len]`.
+
+    Source: RILQ, Lee et al. 2025 (arXiv:2412.01129), eq. 5 and 6 and its reference code.
+    """
+    mse = F.mse_loss(hidden.float(), target.to(hidden.device).float())
+    ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return 0.5 * mse + 0.5 * ce
+
+
+def row_order(rows: int, seed: int) -> Iterator[int]:
+    """Training rows without end: one seeded permutation after another.
+
+    A pure function of its arguments, so a resume needs no saved random state: it skips the rows
+    of the steps that are done.
+    """
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        yield from torch.randperm(rows, generator=generator).tolist()
+        epoch += 1
+
+
+def learning_rate_at(step: int, steps: int, peak: float) -> float:
+    """Warm-up over the first twentieth of `steps`, constant to the half, then linearly to zero.
+
+    The paper keeps the rate constant for up to 1250 updates; docs/recipes.md has what the decay
+    gains in 200, and why it is not a cosine.
+    """
+    warm = max(1, round(0.05 * steps))
+    return peak * min(1.0, (step + 1) / warm, 2 * (1 - step / steps))
+
+
+class Trainer:
+    """Trains a student's adapters against the teacher's final hidden states.
+
+    Args:
+        student: with its adapters.
+        tokens: `[rows, seq_len]` int64; the last `validation` rows are held out.
+        targets: the teacher's final hidden states of the same rows, on disk.
+        validation: number of held-out rows, at least 1.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        tokens: Tensor,
+        targets: ActivationStore,
+        *,
+        validation: int,
+        options: TrainOptions,
+    ) -> None:
+        self.student, self.tokens, self.targets = student, tokens, targets
+        self.options, self.validation = options, validation
+        self.train_rows = len(tokens) - validation
+        self.parameters = {
+            f"{name}.{part}": getattr(adapter, part)
+            for name, adapter in student.adapters.items()
+            for part in ("a", "b")
+        }
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = torch.optim.Adam(
+            self.parameters.values(), lr=options.learning_rate, foreach=True
+        )
+        self.progress = Progress()
+        self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Adapters, Adam's moments and the best adapters so far, float32 on the CPU."""
+        state = {f"now.{n}": p.detach().cpu() for n, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                value = self.optimizer.state.get(parameter, {}).get(moment)
+                if value is not None:
+                    state[f"{moment}.{name}"] = value.cpu()
+        return state | {f"best.{n}": t for n, t in self.best.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Continue from what `tensors()` and `progress.as_facts()` gave."""
+        self.progress = Progress(**facts)
+        self.progress.history = [(int(s), float(v)) for s, v in self.progress.history]
+        self.best = {n: tensors[f"best.{n}"].clone() for n in self.parameters}
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"now.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.progress.applied)),
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device, copy=True),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device, copy=True),
+                }
+
+    @torch.no_grad()
+    def use_best(self) -> None:
+        """Give the student the best adapters seen."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done, or validation stopped gaining."""
+        at_end = self.progress.step >= self.options.steps
+        return at_end or self.progress.stale >= self.options.patience
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(self, commit: Callable[[], None], report: Reporter) -> None:
+        """Train to the end, calling `commit` after every validation, step 0 included.
+
+        Raises:
+            RilqError: the loss is not finite `MAX_BAD_STEPS` times in a row.
+        """
+        report.stage("train", self.options.steps, "step")
+        if not self.progress.history:
+            self._validate()
+            commit()
+        batches = self._batches()
+        bad = 0
+        while not self.finished:
+            losses = []
+            stop = min(self.options.steps, self.progress.step + self.options.val_every)
+            while self.progress.step < stop:
+                loss, applied = self._step(next(batches))
+                bad = 0 if applied else bad + 1
+                if bad == MAX_BAD_STEPS:
+                    raise RilqError(self._diverged())
+                losses.append(loss)
+                self.progress.step += 1
+                report.step(
+                    self.progress.step, loss=round(loss, 4), best=round(self.progress.best_loss, 4)
+                )
+            self.progress.train_losses.append(sum(losses) / len(losses))
+            self._validate()
+            commit()
+
+    def _step(self, batch: list[tuple[Tensor, Tensor]]) -> tuple[float, bool]:
+        """One update; the loss, and whether it was finite and so applied."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(self.progress.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for tokens, target in batch:
+            loss = rilq_loss(*self.student(tokens), target, tokens)
+            share = len(tokens) / self.options.batch_size
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() * share
+        finite = total == total and abs(total) != float("inf")
+        if finite:
+            self.optimizer.step()
+            self.progress.applied += 1
+        return total, finite
+
+    def _rate(self, step: int) -> float:
+        return learning_rate_at(step, self.options.steps, self.options.learning_rate)
+
+    def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Micro-batches of every update from the current step on, read one update ahead."""
+        order = row_order(self.train_rows, self.options.seed)
+        size, micro = self.options.batch_size, self.options.micro_batch
+        for _ in range(self.progress.step * size):
+            next(order)
+
+        def read(rows: list[int]) -> list[tuple[Tensor, Tensor]]:
+            parts = [rows[i : i + micro] for i in range(0, size, micro)]
+            return [(self.tokens[part], self.targets.gather(part)) for part in parts]
+
+        def reads() -> Iterator[Callable[[], list[tuple[Tensor, Tensor]]]]:
+            while True:
+                rows = [next(order) for _ in range(size)]
+                yield partial(read, rows)
+
+        for batch in prefetch(reads()):
+            yield [(t.to(self.device), h.to(self.device)) for t, h in batch]
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Measure the held-out loss and keep the adapters if they are the best so far."""
+        loss, progress = self.validation_loss(), self.progress
+        progress.history.append((progress.step, loss))
+        if loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+            for name, parameter in self.parameters.items():
+                self.best[name].copy_(parameter)
+        else:
+            progress.stale += 1
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The combined loss, mean over the held-out rows."""
+        return validation_loss(
+            self.student,
+            self.tokens,
+            self.targets,
+            rows=range(self.train_rows, len(self.tokens)),
+            batch=self.options.micro_batch,
+            device=self.device,
+        )
+
+    def _diverged(self) -> str:
+        return (
+            f"training diverged: the loss is not finite {MAX_BAD_STEPS} times in a row at step "
+            f"{self.progress.step}; no such step was applied\n"
+            f"  the best adapters, of step {self.progress.best_step}, are in the work folder; run "
+            f"again in a new one with a smaller --lr than {self.options.learning_rate:g}"
+        )
+
+
+@torch.no_grad()
+def validation_loss(
+    student: Student,
+    tokens: Tensor,
+    targets: ActivationStore,
+    *,
+    rows: range,
+    batch: int,
+    device: torch.device,
+) -> float:
+    """`rilq_loss`, mean over consecutive `rows`, `batch` of them at a time."""
+    total = 0.0
+    for start in range(rows.start, rows.stop, batch):
+        stop = min(start + batch, rows.stop)
+        part = tokens[start:stop].to(device)
+        loss = rilq_loss(*student(part), targets.read(start, stop).to(device), part)
+        total += loss.item() * (stop - start)
+    return total / len(rows)
