@@ -223,6 +223,7 @@ def convert(
             "output": str(result.output),
             "already_done": result.already_done,
             "quality": result.quality,
+            "bytes_read": result.bytes_read,
             "plan": job.plan.as_dict(),
         }, default=str))  # fmt: skip
 

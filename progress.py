@@ -53,23 +53,29 @@ class LogReporter:
         self.stream, self.quiet, self.interval = stream, quiet, interval
         self._name, self._total, self._unit = "", 0, ""
         self._begun = self._last = 0.0
+        self._first: int | None = None
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         self._name, self._total, self._unit = name, total or 0, unit
-        self._begun, self._last = time.monotonic(), 0.0
+        self._begun, self._last, self._first = time.monotonic(), 0.0, None
         if not self.quiet:
             self._line(f"{name}: {total} {unit}s" if total else name)
 
     def step(self, done: int, **figures: Figure) -> None:
         now = time.monotonic()
+        if self._first is None:
+            # What a resumed run finds done took no time; the estimate starts after it.
+            self._first, self._begun = done, now if done else self._begun
         if self.quiet or (done < self._total and now - self._last < self.interval):
             return
         self._last = now
-        left = (now - self._begun) / max(1, done) * (self._total - done)
+        new = done - self._first
+        left = (now - self._begun) / new * (self._total - done) if new else None
         shown = "".join(f", {name} {value}" for name, value in figures.items())
         self._line(
             f"{self._name}: {self._unit} {done}/{self._total}{shown}, "
-            f"about {left:.0f} s left, {usage()}"
+            + (f"about {left:.0f} s left, " if left is not None and done < self._total else "")
+            + usage()
         )
 
     def note(self, message: str) -> None:

@@ -158,7 +158,7 @@ def build_skeleton(
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except Exception as err:
         raise CheckpointError(
             f"config.json: transformers cannot build this model: {_one_line(err)}\n"
@@ -338,7 +338,7 @@ class StreamedModel:
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What feeds the head `[rows, seq_len, hidden]`, from the last decoder layer's output."""
         with self._recorders(last=hidden):
-            out = self.model.base_model(inputs_embeds=hidden, use_cache=False)
+            out = self.model.base_model(inputs_embeds=hidden, use_cache=False)  # type: ignore[operator]
         return out.last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ class StreamedModel:
     def _record(self, **inputs: Tensor) -> list[_Recorder]:
         """Run everything but the decoder layers; what each of them would have been called with."""
         with self._recorders() as recorders:
-            self.model.base_model(**inputs, use_cache=False)
+            self.model.base_model(**inputs, use_cache=False)  # type: ignore[operator]
         for before, after in zip(recorders, recorders[1:], strict=False):
             if after.hidden is not before.hidden or after.version != before.version:
                 raise UnsupportedArchitectureError(

@@ -48,11 +48,13 @@ class ConvertResult:
     Attributes:
         output: the published folder.
         quality: figures as in `rilq.json`: errors per layer, validation losses, merge difference.
+        bytes_read: of the checkpoint's tensors, by this run.
         already_done: the folder was there, from the same command; nothing was run.
     """
 
     output: Path
     quality: dict[str, Any]
+    bytes_read: int = 0
     already_done: bool = False
 
 
@@ -115,7 +117,7 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
         if not options.keep_work:
             work.remove()
-    return ConvertResult(options.output, quality)
+    return ConvertResult(options.output, quality, job.checkpoint.bytes_read)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

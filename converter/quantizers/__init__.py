@@ -1,0 +1,73 @@
+"""Arrays in, arrays out: from a weight matrix to codes, scales and zero-points.
+
+A quantizer knows nothing of layers, files or devices; a new one is a class with the three
+members of `Quantizer` and a line in `build_quantizer`.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from rilq.converter.quantizers.gptq import GptqQuantizer
+from rilq.converter.quantizers.grid import Clip
+from rilq.converter.quantizers.rtn import RtnQuantizer
+from rilq.errors import OptionError
+from rilq.formats.spec import QuantizedLinear, QuantSpec
+
+__all__ = ["QUANTIZERS", "Clip", "Quantizer", "build_quantizer"]
+
+QUANTIZERS = ("rtn", "gptq")
+
+
+class Quantizer(Protocol):
+    """One way to choose codes, scales and zero-points.
+
+    Attributes:
+        name: as the user writes it.
+        needs_hessian: whether `quantize` must be given the Hessian.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_hessian(self) -> bool: ...
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None
+    ) -> QuantizedLinear:
+        """Quantize one weight matrix, on the device of the weight.
+
+        Args:
+            weight: `[out_features, in_features]`, any float dtype; not changed.
+            spec: bits, group size and kind of zero-point.
+            hessian: `X^T X`, `[in_features, in_features]` float32, in any scale; not changed.
+
+        Returns:
+            Codes, scale and zero-point; every value finite.
+
+        Raises:
+            InputError: the group size does not divide `in_features`.
+            NonFiniteError: the weight holds NaN or infinity.
+        """
+        ...
+
+
+def build_quantizer(name: str, *, clip: Clip | None = None) -> Quantizer:
+    """The quantizer of that name.
+
+    Args:
+        name: one of `QUANTIZERS`.
+        clip: "none" takes each group's range from its extremes, "search" shrinks it for the
+            least squared error. By default rtn does not clip and gptq searches.
+
+    Raises:
+        OptionError: unknown name or clip.
+    """
+    if clip not in (None, "none", "search"):
+        raise OptionError(f"clip: expected none or search, found {clip!r}")
+    if name == "rtn":
+        return RtnQuantizer(clip or "none")
+    if name == "gptq":
+        return GptqQuantizer(clip or "search")
+    raise OptionError(f"quantizer: expected one of {', '.join(QUANTIZERS)}; found {name!r}")

@@ -1,0 +1,147 @@
+"""GPTQ: round column by column, and let the columns still to come make up for the error."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rilq.converter.quantizers.grid import (
+    LARGEST_WEIGHT,
+    Clip,
+    as_groups,
+    minmax_grid,
+    nearest_codes,
+    search_grid,
+)
+from rilq.errors import OptionError, RilqError
+from rilq.formats.spec import QuantizedLinear, QuantSpec
+
+LARGEST_DAMPING = 1.0  # beyond it the Hessian says little more than its mean diagonal
+
+
+@dataclass(frozen=True)
+class GptqQuantizer:
+    """Minimise `tr((W - What) H (W - What)^T)` greedily, for `H = X^T X` of the inputs.
+
+    The scale and zero-point of a group are found when its first column is reached, on weights
+    that already carry the errors of the columns before.
+
+    Attributes:
+        clip: how the range of a group is found, see `RtnQuantizer`.
+        damping: added to the diagonal of the Hessian, in parts of its mean.
+        block: columns whose errors reach the later columns together, a multiple of the group
+            size; it changes the speed and not the result.
+
+    Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1.
+    """
+
+    clip: Clip = "search"
+    damping: float = 0.01
+    block: int = 128
+
+    name = "gptq"
+    needs_hessian = True
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None
+    ) -> QuantizedLinear:
+        """Quantize one weight matrix; see `Quantizer`.
+
+        An input channel that the calibration never used keeps its weights' nearest codes; with
+        a Hessian of zeros (an expert that was never chosen) all channels do.
+
+        Raises:
+            InputError: the group size does not divide `in_features`.
+            NonFiniteError: the weight holds NaN or infinity.
+            OptionError: the block is not a multiple of the group size.
+            RilqError: the Hessian is not finite, or not positive definite even when damped.
+        """
+        assert hessian is not None, "gptq needs the Hessian of the linear's inputs"
+        size = spec.group_size
+        if self.block % size:
+            raise OptionError(
+                f"gptq block {self.block}: expected a multiple of the group size {size}"
+            )
+        W = as_groups(weight, spec).reshape(weight.shape)
+        W = W.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+        U = inverse_factor(hessian.to(W.device, torch.float32), self.damping)
+        codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+        grids: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, W.shape[1], self.block):
+            stop = min(start + self.block, W.shape[1])
+            # One column to a row: the inner loop reads and writes contiguous memory.
+            columns = W[:, start:stop].T.contiguous()  # [block, out]
+            block_codes, errors, block_grids = self._quantize_block(
+                columns, U[start:stop, start:stop], spec
+            )
+            codes[:, start:stop] = block_codes.T
+            grids += block_grids
+            W[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+        scale = torch.cat([scale for scale, _ in grids], dim=1)
+        zero_point = torch.cat([zero_point for _, zero_point in grids], dim=1)
+        return QuantizedLinear(codes, scale, zero_point, spec)
+
+    def _quantize_block(
+        self, columns: Tensor, U: Tensor, spec: QuantSpec
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Codes and scaled errors `[block, out]`, and the grid `[out, 1]` of each group."""
+        find_grid = search_grid if self.clip == "search" else minmax_grid
+        codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+        errors = torch.empty_like(columns)
+        diagonal = U.diagonal().tolist()
+        grids: list[tuple[Tensor, Tensor]] = []
+        for j in range(len(columns)):
+            if j % spec.group_size == 0:
+                group = columns[j : j + spec.group_size].T.contiguous()[:, None]  # [out, 1, size]
+                grids.append(find_grid(group, spec))
+                scale, zero_point = (part[:, 0] for part in grids[-1])
+            code = nearest_codes(columns[j][:, None], scale, zero_point, spec)[:, 0]
+            codes[j] = code
+            value = (code - zero_point.to(torch.float32)) * scale.to(torch.float32)
+            errors[j] = (columns[j] - value) / diagonal[j]
+            columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+        return codes, errors, grids
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper triangular `U` with `inverse(H + damping) = U^T U`.
+
+    Row `j` of `U`, divided by its diagonal, says how the error of column `j` is best made up
+    for by the columns after it, once the columns before are fixed. It comes from one Cholesky
+    of `H` read backwards and one triangular inverse: the inverse itself is never formed.
+
+    Args:
+        hessian: `[in_features, in_features]` float32, positive semidefinite, in any scale.
+        damping: in parts of the mean diagonal; raised tenfold, up to 1, where it is too little.
+
+    Returns:
+        `[in_features, in_features]` float32.
+
+    Raises:
+        RilqError: the Hessian is not finite, or not positive definite at the largest damping.
+    """
+    identity = torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
+    if not bool(torch.isfinite(hessian).all()):
+        raise RilqError(
+            f"Hessian {list(hessian.shape)}: expected finite sums, found NaN or infinity\n"
+            "  the layer's inputs overflow; try --dtype float32 or bfloat16"
+        )
+    mean = float(hessian.diagonal().mean(dtype=torch.float64))
+    if mean == 0:
+        return identity
+    # Scaled to a mean diagonal of 1, so that sums of any size stay within float32.
+    backward = (hessian / abs(mean)).flip(0, 1)
+    while damping <= LARGEST_DAMPING:
+        damped = backward.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper = factor.flip(0, 1)  # H = upper @ upper.T
+            inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            return inverse
+        damping *= 10
+    raise RilqError(
+        f"Hessian {list(hessian.shape)}: not positive definite, even with {LARGEST_DAMPING:g} "
+        "times its mean diagonal added\n"
+        "  check the calibration text, or use --quantizer rtn"
+    )

@@ -1,0 +1,32 @@
+"""Round to nearest: each group by itself, no data. Plain, it is the zero of every gap figure."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rilq.converter.quantizers.grid import Clip, as_groups, encode, minmax_grid, search_grid
+from rilq.formats.spec import QuantizedLinear, QuantSpec
+
+
+@dataclass(frozen=True)
+class RtnQuantizer:
+    """Round each weight to the nearest code of its group.
+
+    Attributes:
+        clip: "none" spans the whole range of a group, "search" shrinks it for the least
+            squared error of the weights.
+    """
+
+    clip: Clip = "none"
+
+    name = "rtn"
+    needs_hessian = False
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None
+    ) -> QuantizedLinear:
+        """Quantize one weight matrix; see `Quantizer`. The Hessian is not looked at."""
+        groups = as_groups(weight, spec)
+        find_grid = search_grid if self.clip == "search" else minmax_grid
+        scale, zero_point = find_grid(groups, spec)
+        return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)

@@ -1,0 +1,177 @@
+"""The client library's cache: what lies in it, whether it is whole, and what may be removed.
+
+The layout, documented at https://huggingface.co/docs/huggingface_hub/guides/manage-cache:
+
+    models--owner--name/blobs/<digest>              contents
+    models--owner--name/snapshots/<commit>/<file>   links to them
+    models--owner--name/refs/<branch>               holds a commit hash
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+from rilq.errors import OutputError
+from rilq.formats.checkpoint import INDEX, SINGLE
+from rilq.formats.durable import write_bytes
+from rilq.formats.shard import printable
+from rilq.progress import Reporter
+
+_BLOCK = 1 << 22  # bytes hashed at a time
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What the Hub says about a file.
+
+    Attributes:
+        size: bytes.
+        digest: sha256 (64 digits), git's blob sha1 (40 digits), or None if it says neither.
+    """
+
+    size: int
+    digest: str | None
+
+    @classmethod
+    def of(cls, size: int, digest: str | None) -> "RemoteFile":
+        """A file whose digest is kept only if it is one; it becomes part of paths."""
+        return cls(size, digest if digest and _DIGEST.fullmatch(digest) else None)
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` has this size and, where known, this digest."""
+        if path.stat().st_size != self.size:
+            return False
+        return self.digest is None or _digest(path, len(self.digest)) == self.digest
+
+
+def _digest(path: Path, digits: int) -> str:
+    if digits == 64:
+        digest = hashlib.sha256()
+    else:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RepositoryCache:
+    """One model repository's place in the cache.
+
+    Attributes:
+        root: the folder of all cached repositories.
+        repo_id: `owner/name`.
+    """
+
+    root: Path
+    repo_id: str
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this repository lies."""
+        return self.root / f"models--{self.repo_id.replace('/', '--')}"
+
+    def find(self, name: str, revision: str) -> Path | None:
+        """A cached file of a branch, tag or commit; None if it is not there."""
+        if ".." in revision.split("/"):  # would lead out of the folder
+            return None
+        found = try_to_load_from_cache(self.repo_id, name, cache_dir=self.root, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def listing(self, snapshot: Path) -> dict[str, RemoteFile]:
+        """The files at the top level of a snapshot; digests are the names of their blobs."""
+        return {
+            path.name: RemoteFile.of(
+                path.stat().st_size,
+                os.path.basename(os.readlink(path)) if path.is_symlink() else None,
+            )
+            for path in sorted(snapshot.iterdir())
+            if path.is_file()
+        }
+
+    def discard(self, path: Path) -> None:
+        """Remove a cached file: the link in the snapshot, and what it leads to in the cache.
+
+        Raises:
+            OutputError: it cannot be removed.
+        """
+        chain = [path]
+        while chain[-1].is_symlink():
+            chain.append(Path(os.path.normpath(chain[-1].parent / os.readlink(chain[-1]))))
+        try:
+            for link in chain:
+                if link.is_relative_to(self.root):
+                    link.unlink(missing_ok=True)
+        except OSError as err:
+            raise OutputError(
+                f"{path}: is damaged and cannot be removed: {err.strerror}; remove it by hand, or "
+                "set HF_HOME to a folder of your own"
+            ) from err
+
+    def remove_orphans(self, digest: str, report: Reporter) -> None:
+        """Remove what killed downloads left of a blob; the client never takes them up again."""
+        orphans = list((self.folder / "blobs").glob(f"{digest}.*.incomplete"))
+        if not orphans:
+            return
+        lock = self.root / ".locks" / self.folder.name / f"{digest}.lock"
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with WeakFileLock(lock, timeout=0.1):  # held by whoever downloads this blob just now
+                size = sum(orphan.stat().st_size for orphan in orphans)
+                for orphan in orphans:
+                    orphan.unlink()
+        except OSError:  # busy (its Timeout is a TimeoutError), or not ours to remove
+            return
+        report.note(
+            f"{self.repo_id}: removed {len(orphans)} unfinished downloads "
+            f"({size / 1e6:,.1f} MB) that an earlier run left"
+        )
+
+    def remember(self, revision: str, commit: str) -> None:
+        """Note which commit a branch or tag means, for later runs without a network.
+
+        The client does so itself only when it is asked for a branch, not for a commit.
+        """
+        if revision == commit or ".." in revision.split("/"):
+            return
+        ref = self.folder / "refs" / revision
+        try:
+            if not ref.is_file() or ref.read_text() != commit:
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(ref, commit.encode())
+        except (OSError, OutputError):  # only a convenience; a file that must be written will tell
+            return
+
+    def check_space(self, name: str, size: int) -> None:
+        """Raise OutputError if a file of `size` bytes does not fit on the cache's volume."""
+        folder = self.root
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OutputError(
+                f"{self.root}: {self.repo_id}/{printable(name)} needs {size / 1e9:,.1f} GB, this "
+                f"volume has {free / 1e9:,.1f} GB free; make room, or set HF_HOME to a folder on "
+                "another volume"
+            )
+
+
+def missing_weights(snapshot: Path) -> list[str]:
+    """The shards that a cached snapshot lacks."""
+    try:
+        weight_map = json.loads((snapshot / INDEX).read_bytes())["weight_map"]
+        shards = sorted({str(shard) for shard in weight_map.values()})
+    except FileNotFoundError:
+        shards = [SINGLE]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # a damaged index: the checkpoint's own check says more about it
+    return [name for name in shards if not (snapshot / name).is_file()]

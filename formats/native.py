@@ -1,0 +1,296 @@
+"""The native format: quantized linears as tensors, as a torch module, and for transformers.
+
+A quantized linear `X` is `X.weight` int32 `[out, in * bits / 32]` (packed codes), `X.weight_scale`
+and `X.zero_point` float16 `[out, groups]`, and `X.bias` in 16 bits where the model has one. The
+packed tensor is called `weight` on purpose: without `import rilq`, transformers then stops with a
+size mismatch, where under any other name it would warn and go on with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rilq.errors import CheckpointError
+from rilq.formats.packed_linear import RilqLinear, packed_linear
+from rilq.formats.packing import pack, unpack
+from rilq.formats.shard import TensorLayout
+from rilq.formats.spec import BITS, GROUP_SIZES, QuantizedLinear, QuantSpec
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "RilqConfig",
+    "RilqHfQuantizer",
+    "RilqLinear",
+    "native_layout",
+    "native_tensors",
+    "packed_linear",
+    "quantized_linear_from",
+    "replace_linears",
+]
+
+QUANT_METHOD = "rilq"
+FORMAT_VERSION = 1
+
+
+class RilqConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native checkpoint: which linears are quantized, and how.
+
+    Args:
+        bits: 2, 3, 4 or 8, for every linear that `bits_for` does not name.
+        group_size: input channels that share a scale and a zero-point.
+        format_version: of the tensors; only `FORMAT_VERSION` can be read.
+        modules_to_not_convert: linears kept in 16 bits: a module's full name, its last parts
+            (`lm_head`, `mlp.gate`), a parent of it (`model.layers.0`), or a pattern with `*`.
+        bits_for: full module name to bits.
+        recipe: what made the checkpoint; carried along, never interpreted.
+        other: keys of other programs; ignored, since a change of meaning changes the version.
+
+    Raises:
+        ValueError: an unknown version, or bits or a group size that cannot be read.
+    """
+
+    def __init__(
+        self,
+        bits: int = 2,
+        group_size: int = 64,
+        *,
+        format_version: int = FORMAT_VERSION,
+        modules_to_not_convert: Iterable[str] | None = None,
+        bits_for: Mapping[str, int] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        **other: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum in transformers
+        self.bits = bits
+        self.group_size = group_size
+        self.format_version = format_version
+        skipped = ("lm_head",) if modules_to_not_convert is None else modules_to_not_convert
+        self.modules_to_not_convert = list(skipped)
+        self.bits_for = dict(bits_for or {})
+        self.recipe = dict(recipe or {})
+        self._check()
+
+    def _check(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"quantization_config: format_version {self.format_version!r}, this rilq reads "
+                f"{FORMAT_VERSION}\n  upgrade rilq, or convert the model again with this one"
+            )
+        wrong = {n: b for n, b in {"bits": self.bits, **self.bits_for}.items() if b not in BITS}
+        if wrong:
+            raise ValueError(
+                f"quantization_config: bits {wrong}, expected one of {BITS}\n"
+                "  config.json was changed, or is damaged; download it again"
+            )
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(
+                f"quantization_config: group_size {self.group_size!r}, expected one of "
+                f"{GROUP_SIZES}\n  config.json was changed, or is damaged; download it again"
+            )
+
+    def linear_spec(self, module_name: str) -> QuantSpec | None:
+        """How the linear with this full module name is quantized; None if it is not."""
+        if any(_names(pattern, module_name) for pattern in self.modules_to_not_convert):
+            return None
+        return QuantSpec(self.bits_for.get(module_name, self.bits), self.group_size)
+
+
+def _names(pattern: str, module_name: str) -> bool:
+    """Whether `pattern` is the module, its last parts, a parent of it, or a glob that fits."""
+    return (
+        f".{module_name}".endswith(f".{pattern}")
+        or module_name.startswith(f"{pattern}.")
+        or fnmatchcase(module_name, pattern)
+    )
+
+
+def native_layout(
+    name: str, out_features: int, in_features: int, spec: QuantSpec
+) -> dict[str, TensorLayout]:
+    """dtype and shape of the tensors of linear `name` (without a bias)."""
+    parameters = TensorLayout(torch.float16, (out_features, in_features // spec.group_size))
+    words = TensorLayout(torch.int32, (out_features, in_features * spec.bits // 32))
+    return {
+        f"{name}.weight": words,
+        f"{name}.weight_scale": parameters,
+        f"{name}.zero_point": parameters,
+    }
+
+
+def native_tensors(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of linear `name` (without a bias), as `native_layout` describes them."""
+    return {
+        f"{name}.weight": pack(linear.codes, linear.spec.bits),
+        f"{name}.weight_scale": linear.scale.to(torch.float16),
+        f"{name}.zero_point": linear.zero_point.to(torch.float16),
+    }
+
+
+def quantized_linear_from(
+    tensors: Mapping[str, Tensor], name: str, spec: QuantSpec
+) -> QuantizedLinear:
+    """The inverse of `native_tensors`.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another dtype or shape than `spec` says.
+    """
+    words = tensors.get(f"{name}.weight", torch.empty(0, 0))
+    out_features, width = words.shape if words.dim() == 2 else (0, 0)
+    layout = native_layout(name, out_features, width * 32 // spec.bits, spec)
+    for key, expected in layout.items():
+        found = tensors.get(key)
+        if found is None:
+            raise CheckpointError(
+                f"{key}: missing from the checkpoint\n  download the checkpoint again"
+            )
+        if found.dtype != expected.dtype or tuple(found.shape) != expected.shape:
+            raise CheckpointError(
+                f"{key}: {found.dtype} {list(found.shape)}, but {spec.bits} bits and group size "
+                f"{spec.group_size} need {expected.dtype} {list(expected.shape)}\n"
+                "  config.json and the tensors do not belong together; download both again"
+            )
+    codes = unpack(words, spec.bits, width * 32 // spec.bits)
+    return QuantizedLinear(
+        codes, tensors[f"{name}.weight_scale"], tensors[f"{name}.zero_point"], spec
+    )
+
+
+def replace_linears(model: nn.Module, config: RilqConfig, prefix: str = "") -> list[str]:
+    """Put an empty `RilqLinear` on the meta device in place of every quantized linear.
+
+    Args:
+        model: a model or a part of one, changed in place; its output head is never replaced.
+        config: says which linears, by full module name.
+        prefix: name of `model` inside the whole model, for example `model.layers.3`.
+
+    Returns:
+        Full names of the replaced modules, in the order of definition.
+
+    Raises:
+        ValueError: a linear's `in_features` is not a multiple of the group size.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    replaced = []
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or module is head or isinstance(module, RilqLinear):
+            continue
+        name = f"{prefix}.{path}" if prefix else path
+        spec = config.linear_spec(name)
+        if spec is None:
+            continue
+        if module.in_features % spec.group_size:
+            raise ValueError(
+                f"{name}: in_features {module.in_features} is not a multiple of group size "
+                f"{spec.group_size}\n  name it in modules_to_not_convert of quantization_config, "
+                "if its weight is stored in 16 bits"
+            )
+        empty = RilqLinear(
+            module.in_features,
+            module.out_features,
+            spec,
+            bias=module.bias is not None,
+            device="meta",
+            dtype=module.weight.dtype,
+        )
+        model.set_submodule(path, empty.train(module.training))
+        replaced.append(name)
+    return replaced
+
+
+class RilqHfQuantizer(HfQuantizer):
+    """Lets `from_pretrained` load native checkpoints; it does not quantize."""
+
+    requires_calibration = True  # transformers' word for "pre-quantized checkpoints only"
+    quantization_config: RilqConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        # A bare decoder (AutoModel) names its modules without the prefix that config.json has.
+        base = getattr(model, "base_model_prefix", "")
+        prefix = base if base and not hasattr(model, base) else ""
+        replace_linears(model, self.quantization_config, prefix)
+        for module in model.modules():
+            if isinstance(module, RilqLinear):
+                # What transformers has not loaded it draws from a normal distribution, codes too;
+                # weights that wait on disk for accelerate look to it as if they were missing.
+                module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        """Turn transformers' mere report of missing tensors into an error.
+
+        Raises:
+            ValueError: tensors of quantized linears were not in the checkpoint, or codes that wait
+                on disk would not come back as they are.
+        """
+        tensors: dict[str, Tensor] = {}
+        hooked: list[tuple[str, RilqLinear]] = []
+        for path, module in model.named_modules():
+            if not isinstance(module, RilqLinear):
+                continue
+            if hasattr(module, "_hf_hook"):
+                # accelerate has moved the tensors, and with that removed transformers' marks.
+                hooked.append((path, module))
+            else:
+                tensors |= {f"{path}.{n}": t for n, t in module.named_parameters()}
+                tensors |= {f"{path}.{n}": t for n, t in module.named_buffers()}
+        for path, module in [pair for pair in hooked if pair[1].weight.is_meta][:1]:
+            _check_offloaded(path, module)
+        missing = [n for n, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+        if missing:
+            shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            raise ValueError(
+                f"tensors missing from the checkpoint ({len(missing)}): {shown}\n"
+                "  download the checkpoint again"
+            )
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Replace every packed linear by a dense one in `dtype`."""
+        for path, module in list(model.named_modules()):
+            if isinstance(module, RilqLinear):
+                weight = module.dense_weight(dtype or torch.float16)
+                dense = nn.Linear(module.in_features, module.out_features, False, device="meta")
+                dense.weight = nn.Parameter(weight, requires_grad=False)
+                dense.bias = module.bias
+                model.set_submodule(path, dense.train(module.training))
+        return model
+
+    def is_serializable(self) -> bool:
+        """Yes: `save_pretrained` writes the same tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes, with adapters: gradients pass through, the quantized weights themselves stay."""
+        return True
+
+
+def _check_offloaded(path: str, module: RilqLinear) -> None:
+    # transformers 5.5 makes accelerate cast all that it reads from disk to the model's dtype; later
+    # versions keep integers. A float holds 24 bits of a word's 32: quietly another weight.
+    stored = getattr(module._hf_hook, "weights_map", None)
+    if stored is not None and (dtype := stored["weight"].dtype) != torch.int32:
+        raise ValueError(
+            f"{path}.weight: this version of transformers reads packed codes from disk as {dtype}, "
+            "which destroys them\n  upgrade transformers, or pass a device_map without disk"
+        )
+
+
+def register() -> None:
+    """Make the format known to transformers; harmless when repeated."""
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(RilqConfig)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(QUANT_METHOD)(RilqHfQuantizer)
+
+
+register()  # importing this module is how the format registers itself; see registration.py

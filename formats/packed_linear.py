@@ -1,0 +1,165 @@
+"""A linear layer over packed codes, as a differentiable function and as a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from rilq.formats.packing import dequantize_packed, unpack
+from rilq.formats.spec import QuantSpec
+
+
+class _PackedLinear(torch.autograd.Function):
+    """`x @ W^T + bias`, W dequantized anew in each direction so that no dense copy is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        words: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bias: Tensor | None,
+        bits: int,
+    ) -> Tensor:
+        trains_groups = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        # The input is needed for the gradients of scale and zero-point only.
+        ctx.save_for_backward(words, scale, zero_point, x if trains_groups else None)
+        ctx.bits = bits
+        weight = dequantize_packed(words, scale, zero_point, bits, dtype=x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        words, scale, zero_point, x = ctx.saved_tensors
+        grad_x = grad_scale = grad_zero = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = dequantize_packed(words, scale, zero_point, ctx.bits, dtype=grad.dtype)
+            grad_x = grad @ weight
+        if x is not None:
+            grad_scale, grad_zero = _group_gradients(grad, x, words, scale, zero_point, ctx.bits)
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.flatten(0, -2).sum(0)
+        return grad_x, None, grad_scale, grad_zero, grad_bias, None
+
+
+def _group_gradients(
+    grad: Tensor, x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and zero-point, `[out, groups]` each, from W = scale * (code - zero)."""
+    out_features, groups = scale.shape
+    full = grad.flatten(0, -2).T.float() @ x.flatten(0, -2).float()  # dL/dW, [out, in]
+    codes = unpack(words, bits, full.shape[1]).float().view(out_features, groups, -1)
+    full = full.view(out_features, groups, -1)
+    by_scale = (full * (codes - zero_point.float()[..., None])).sum(-1)
+    by_zero = -scale.float() * full.sum(-1)
+    return by_scale.to(scale.dtype), by_zero.to(zero_point.dtype)
+
+
+def packed_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int
+) -> Tensor:
+    """A linear layer over packed codes, differentiable in all its floating-point inputs.
+
+    Args:
+        x: `[..., in_features]`; the weight is dequantized to its dtype (under autocast: to
+            autocast's dtype), and the sum accumulates as in `F.linear`.
+        words: `[out_features, in_features * bits / 32]` int32.
+        scale: `[out_features, groups]`, any float dtype.
+        zero_point: `[out_features, groups]`, any float dtype.
+        bias: `[out_features]` or None.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        `[..., out_features]`, in the dtype of the computation.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    result: Tensor = _PackedLinear.apply(x, words, scale, zero_point, bias, bits)  # type: ignore[no-untyped-call]
+    return result
+
+
+class RilqLinear(nn.Linear):
+    """A linear over packed codes; an `nn.Linear`, because PEFT adapts no other kind of module.
+
+    Scale and zero-point are buffers and stay float16 whatever the module is cast to: bfloat16 has
+    three bits less, so `.to(torch.bfloat16)` would quietly change the weights. Only inputs and
+    adapters can be trained; the codes are integers.
+
+    Attributes:
+        weight: `[out_features, in_features * bits / 32]` int32 parameter without gradient.
+        weight_scale, zero_point: `[out_features, in_features / group_size]` float16.
+        bias: `[out_features]` or None.
+    """
+
+    _KEPT = ("weight_scale", "zero_point")
+
+    weight_scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate the tensors, unset; `dtype` is the bias's.
+
+        Raises:
+            ValueError: `in_features` is not a multiple of the group size.
+        """
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
+        if in_features % spec.group_size:
+            raise ValueError(
+                f"in_features {in_features} is not a multiple of group size {spec.group_size}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = spec.bits, spec.group_size
+        words = (out_features, in_features * spec.bits // 32)
+        groups = (out_features, in_features // spec.group_size)
+        self.weight = nn.Parameter(torch.empty(words, dtype=torch.int32, device=device), False)
+        for name in self._KEPT:
+            self.register_buffer(name, torch.empty(groups, dtype=torch.float16, device=device))
+        own = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if own is None else nn.Parameter(own, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return packed_linear(
+            x, self.weight, self.weight_scale, self.zero_point, self.bias, self.bits
+        )
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight `[out_features, in_features]`."""
+        return dequantize_packed(
+            self.weight, self.weight_scale, self.zero_point, self.bits, dtype=dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing: codes are loaded, never drawn."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RilqLinear:
+        """Move like any module, but keep the dtype of scale and zero-point."""
+        kept = {name: self._buffers.pop(name) for name in self._KEPT}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, old in kept.items():
+                moved = fn(old)  # type: ignore[arg-type]
+                kept[name] = moved if moved.dtype == old.dtype else old.to(moved.device)  # type: ignore[union-attr]
+        finally:
+            self._buffers.update(kept)
+        return self
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear` shows itself, with bits and group size."""
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"

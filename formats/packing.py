@@ -1,0 +1,152 @@
+"""Codes to 32-bit words and back, and what a code means.
+
+The zero-point convention, stated here once and used everywhere:
+
+    W[o, i] ~ scale[o, g] * (code[o, i] - zero_point[o, g])        g = i // group_size
+
+The zero-point is the (real-valued) code that stands for the weight 0. It is stored as it is,
+never as `zero_point - 1` as some GPTQ files do. With 2 bits, scale 0.5 and zero-point 1.25 the
+codes 0, 1, 2, 3 mean -0.625, -0.125, 0.375, 0.875. The minimum that training and merging work
+on is `-scale * zero_point`, here -0.625.
+
+The words of a row are a little-endian bit stream along the input: code `i` has the bits
+`bits * i .. bits * i + bits - 1` of the row, and bit `n` of the row is bit `n % 32` of word
+`n // 32`. With 2, 4 and 8 bits a word holds 32 / bits codes, the first in its lowest bits;
+with 3 bits, 32 codes fill 3 words and two of them straddle a boundary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rilq.errors import InputError
+
+WORD = 32
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes into words, without loss.
+
+    Args:
+        codes: `[out_features, in_features]` uint8 in `0 .. 2**bits - 1`.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        `[out_features, in_features * bits / 32]` int32, on the device of the codes.
+
+    Raises:
+        InputError: a row does not fill whole words, or a code needs more bits.
+    """
+    rows, width = codes.shape
+    if width * bits % WORD:
+        raise InputError(
+            f"codes [{rows}, {width}]: {width} codes of {bits} bits do not fill "
+            "whole 32-bit words\n  use a group size that divides in_features: 32, 64 or 128"
+        )
+    if codes.numel() and (largest := int(codes.max())) >= 2**bits:
+        raise InputError(f"codes [{rows}, {width}]: expected 0 .. {2**bits - 1}, found {largest}")
+    codes_per_period, words_per_period = _period(bits)
+    columns = codes.reshape(rows, -1, codes_per_period)
+    words = torch.zeros(
+        rows, columns.shape[1], words_per_period, dtype=torch.int32, device=codes.device
+    )
+    for code, word, shift in _places(bits):
+        column = columns[:, :, code].to(torch.int32)
+        words[:, :, word] |= column << shift
+        if shift + bits > WORD:
+            words[:, :, word + 1] |= column >> (WORD - shift)
+    return words.reshape(rows, width * bits // WORD)
+
+
+def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        words: `[out_features, in_features * bits / 32]` int32.
+        bits: 2, 3, 4 or 8.
+        in_features: codes in a row.
+
+    Returns:
+        `[out_features, in_features]` uint8 in `0 .. 2**bits - 1`, on the device of the words.
+
+    Raises:
+        InputError: the words do not hold `in_features` codes of `bits` bits in each row.
+    """
+    rows, width = words.shape
+    if width * WORD != in_features * bits:
+        raise InputError(
+            f"words [{rows}, {width}]: {in_features} codes of {bits} bits take "
+            f"{in_features * bits / WORD:g} words in each row, found {width}"
+        )
+    codes_per_period, words_per_period = _period(bits)
+    columns = words.reshape(rows, -1, words_per_period)
+    codes = torch.empty(
+        rows, columns.shape[1], codes_per_period, dtype=torch.uint8, device=words.device
+    )
+    mask = 2**bits - 1
+    for code, word, shift in _places(bits):
+        column = columns[:, :, word] >> shift
+        if shift + bits > WORD:
+            # `>>` on int32 copies the sign bit into the place of the next word's bits.
+            column &= 2 ** (WORD - shift) - 1
+            column |= columns[:, :, word + 1] << (WORD - shift)
+        codes[:, :, code] = column & mask
+    return codes.reshape(rows, in_features)
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weights that codes stand for: `scale * (code - zero_point)`.
+
+    Args:
+        codes: `[out_features, in_features]` uint8.
+        scale: `[out_features, groups]`, any float dtype; `in_features` is a multiple of `groups`.
+        zero_point: `[out_features, groups]`, any float dtype.
+        dtype: of the result; the arithmetic is float32 in any case.
+
+    Returns:
+        `[out_features, in_features]`.
+    """
+    rows, width = codes.shape
+    weight = codes.reshape(rows, scale.shape[1], -1).to(torch.float32)  # [out, groups, group_size]
+    weight.sub_(zero_point.to(torch.float32)[..., None]).mul_(scale.to(torch.float32)[..., None])
+    return weight.reshape(rows, width).to(dtype)
+
+
+def dequantize_packed(
+    words: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`dequantize` of packed codes.
+
+    Args:
+        words: `[out_features, in_features * bits / 32]` int32.
+        scale: `[out_features, groups]`, any float dtype.
+        zero_point: `[out_features, groups]`, any float dtype.
+        bits: 2, 3, 4 or 8.
+        dtype: of the result; the arithmetic is float32 in any case.
+
+    Returns:
+        `[out_features, in_features]`.
+    """
+    codes = unpack(words, bits, words.shape[1] * WORD // bits)
+    return dequantize(codes, scale, zero_point, dtype=dtype)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole words, and how many words those are."""
+    length = math.lcm(bits, WORD)
+    return length // bits, length // WORD
+
+
+def _places(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Of each code in a period: its index, the word of its lowest bit, and the bit within it."""
+    for code in range(_period(bits)[0]):
+        yield code, code * bits // WORD, code * bits % WORD
