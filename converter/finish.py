@@ -122,6 +122,9 @@ def write_output(
     names = shard_names(len(shards))
     done = {record.unit for record in work.stage("shards")}
     staging = open_staging(output, work.run_id, keep=done)
+    if any(Path(key).parent != staging for r in work.stage("shards") for key in r.files):
+        work.drop("shards")  # they were meant for an output folder elsewhere
+        done = set()
     report.stage("write", len(shards), "shard")
     for count, (name, members) in enumerate(zip(names, shards, strict=True), start=1):
         if name not in done:

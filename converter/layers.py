@@ -158,7 +158,7 @@ def build_skeleton(
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as err:
         raise CheckpointError(
             f"config.json: transformers cannot build this model: {_one_line(err)}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
 from rilq.converter.workdir import WorkDir, open_workdir, peek
-from rilq.errors import CheckpointError, DatasetError
+from rilq.errors import CheckpointError, DatasetError, WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.native import RilqConfig
@@ -105,13 +106,16 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         return ConvertResult(options.output, quality, already_done=True)
     local = Path(options.model) if job.checkpoint.source.commit is None else None
     check_output(options.output, source=local, work=options.work)
+    _check_work(options.work, local)
     check_fits(job.plan, job.machine)
     tokenizer = load_tokenizer(job.checkpoint)
     choices = {**asdict(job.plan.choices), "files": job.checkpoint.file_signatures()}
     with open_workdir(
         options.work, fingerprint, choices, resume=options.resume, report=report
     ) as work:
-        if work.resumed:
+        work.check_files(report)
+        work.remove_strays(report)
+        if work.records:
             report.note(f"continuing after {work.records[-1].unit!r} of {options.work}")
             check_source(job.checkpoint, work)
         quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
@@ -276,7 +280,8 @@ class _Conversion:
             "validation_loss": trainer.progress.best_loss,
             "best_step": trainer.progress.best_step,
             "steps": trainer.progress.step,
-            "history": trainer.progress.history,
+            # NaN, of adapters that came to nothing, has no place in JSON.
+            "history": [(s, v if isfinite(v) else None) for s, v in trainer.progress.history],
         }
         path = self.work.file("adapters.safetensors")
         best = dict(trainer.best)
@@ -394,18 +399,29 @@ def versions() -> dict[str, str]:
 
 def _fingerprint(job: Job) -> dict[str, Any]:
     """Everything that determines the result, as JSON values, one comparable value per key."""
-    options = job.options
+    options, source = job.options, job.checkpoint.source
     return {
         **options.recipe(),
-        "model": options.model if job.checkpoint.source.commit else "local folder",
-        "commit": job.checkpoint.source.commit,
-        "source": job.checkpoint.header_hash(),
+        "model": options.model if source.commit else "local folder",
+        "commit": source.commit,
+        **_file_hashes(job.checkpoint),
         "dataset": [describe_source(parse_source(text)) for text in options.dataset],
-        "device": options.device,
-        "dtype": options.dtype,
+        "device": job.plan.choices.device,
+        "dtype": job.plan.choices.dtype,
         "student": options.student,
         **{f"version of {name}": version for name, version in versions().items()},
     }
+
+
+def _file_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """One entry per source file: headers of shards only, whose tensors are hashed when read.
+
+    A commit fixes all files of a Hub model, so that none is fetched for its hash.
+    """
+    hashes = dict(checkpoint.digests)
+    if checkpoint.source.commit is None:
+        hashes |= {n: file_hash(checkpoint.source.path(n)) for n in checkpoint.side_files()}
+    return {f"source file {name}": digest for name, digest in sorted(hashes.items())}
 
 
 def job_hash(fingerprint: dict[str, Any]) -> str:
@@ -419,6 +435,16 @@ def _finished(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | Non
         return None
     manifest = read_manifest(output)
     return dict(manifest["quality"]) if manifest.get("job") == job_hash(fingerprint) else None
+
+
+def _check_work(work: Path, source: Path | None) -> None:
+    """Nothing is ever written to the source folder, so the work folder cannot be in it."""
+    place = work.resolve()
+    if source is not None and source.resolve() in (place, *place.parents):
+        raise WorkDirError(
+            f"{work}: the work folder lies inside the source folder {source}\n"
+            "  choose another folder with --work-dir"
+        )
 
 
 def _clean(options: ConvertOptions, fingerprint: dict[str, Any], report: Reporter) -> None:

@@ -195,7 +195,7 @@ class StreamingPass:
                 apart += (out.float() - wanted).square().sum().item()
                 norm += wanted.square().sum().item()
                 writer.append(out)
-        return writer.digest, apart / norm
+        return writer.digest, apart / norm if norm else 0.0
 
     def _targets(self) -> None:
         """What feeds the head in the full-precision model; then it is never needed again."""

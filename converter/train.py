@@ -50,6 +50,7 @@ class Progress:
         applied: steps whose loss was finite; Adam's own count.
         history: `(step, validation loss)` of every validation.
         train_losses: mean training loss of every interval between validations.
+        bad: steps in a row whose loss was not finite.
     """
 
     step: int = 0
@@ -59,6 +60,7 @@ class Progress:
     stale: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
     train_losses: list[float] = field(default_factory=list)
+    bad: int = 0
 
     def as_facts(self) -> dict[str, Any]:
         """As JSON values."""
@@ -189,14 +191,13 @@ class Trainer:
             self._validate()
             commit()
         batches = self._batches()
-        bad = 0
         while not self.finished:
             losses = []
             stop = min(self.options.steps, self.progress.step + self.options.val_every)
             while self.progress.step < stop:
                 loss, applied = self._step(next(batches))
-                bad = 0 if applied else bad + 1
-                if bad == MAX_BAD_STEPS:
+                self.progress.bad = 0 if applied else self.progress.bad + 1
+                if self.progress.bad == MAX_BAD_STEPS:
                     raise RilqError(self._diverged())
                 losses.append(loss)
                 self.progress.step += 1

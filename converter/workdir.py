@@ -15,13 +15,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
-import shutil
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,18 +65,16 @@ class WorkDir:
 
     Attributes:
         path: the folder.
-        job: the first journal line: the fingerprint, the choices made, a random run id.
+        job: the first journal line: the fingerprint, the choices made, the run id.
         records: finished units in order.
-        resumed: whether an earlier run had finished any unit.
     """
 
     def __init__(self, path: Path, job: dict[str, Any], records: list[Record]) -> None:
         self.path, self.job, self.records = path, job, records
-        self.resumed = bool(records)
 
     @property
     def run_id(self) -> str:
-        """Random hex, the same for every run of this job."""
+        """Hex of this host and the folder's first place; names what lies outside the folder."""
         return str(self.job["run_id"])
 
     def file(self, name: str) -> Path:
@@ -130,7 +128,7 @@ class WorkDir:
                 (self.path / key).unlink(missing_ok=True)
 
     def check_files(self, report: Reporter) -> None:
-        """Hash every file that is still needed; drop the stage of the first damaged one."""
+        """Hash every file that is still needed; drop the stage of each damaged one."""
         while (damaged := self._damaged()) is not None:
             record, key = damaged
             report.warn(
@@ -141,38 +139,40 @@ class WorkDir:
 
     def remove_strays(self, report: Reporter) -> None:
         """Delete our own left-overs: unfinished temporary files and units never committed."""
-        known = _OWN | {key for record in self.records for key in record.files}
-        strays = [p for p in self.path.iterdir() if p.name not in known]
+        needed = {key for record in self.records for key in self._needed(record)}
+        strays = [p for p in self.path.iterdir() if _is_ours(p) and p.name not in needed]
         for path in strays:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            path.unlink()
         if strays:
             report.note(f"{self.path}: removed {len(strays)} unfinished files of an earlier run")
 
     def remove(self) -> None:
-        """Delete the folder: journal first, so that what is left counts as nothing, lock last."""
+        """Delete the folder: journal first, so that what is left counts as nothing, lock last.
+
+        Files that are not ours stay, and so does the folder then.
+        """
         (self.path / "journal.jsonl").unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if path.name != "rilq.lock":
-                path.unlink()
-        shutil.rmtree(self.path)
+        for path in filter(_is_ours, list(self.path.iterdir())):
+            path.unlink()
+        (self.path / "rilq.lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _key(self, path: Path) -> str:
         return path.name if path.parent == self.path else str(path)
 
     def _damaged(self) -> tuple[Record, str] | None:
-        last = {record.stage: record for record in self.records}
         for record in self.records:
-            replaced = set() if last[record.stage] is record else set(record.passing)
-            for key, (size, digest) in record.files.items():
-                path = self.path / key
-                if key in replaced:
-                    continue
+            for key in self._needed(record):
+                path, (size, digest) = self.path / key, record.files[key]
                 if not path.is_file() or path.stat().st_size != size or file_hash(path) != digest:
                     return record, key
         return None
+
+    def _needed(self, record: Record) -> list[str]:
+        """A unit's files without those that a later unit of its stage has replaced."""
+        replaced = () if self.stage(record.stage)[-1] is record else record.passing
+        return [key for key in record.files if key not in replaced]
 
 
 @contextmanager
@@ -186,14 +186,16 @@ def open_workdir(
 ) -> Iterator[WorkDir]:
     """Lock a work folder and read what an earlier run of the same job finished.
 
+    Its files are not looked at yet: see `check_files` and `remove_strays`.
+
     Args:
         fingerprint: everything that determines the result; must equal the earlier run's.
         choices: what was chosen automatically; an earlier run's are kept.
-        resume: "never" refuses a folder with finished units, "required" one without.
+        resume: "never" forgets what an earlier run finished; "required" refuses to begin anew.
 
     Raises:
         WorkDirError: held by another run; of another job (with the list of differences); from
-            another version of the state; `resume` forbids it.
+            another version of the state; nothing to resume where it is required.
     """
     _make_folder(path)
     strangers = sorted(p.name for p in path.iterdir())
@@ -203,30 +205,28 @@ def open_workdir(
             "  pass --work-dir with a new or empty folder"
         )
     with _lock(path):
+        if resume == "never":
+            (path / "journal.jsonl").unlink(missing_ok=True)
         lines, good = _read_journal(path)
         if good is not None:
-            os.truncate(path / "journal.jsonl", good)  # a torn line: appending must start cleanly
+            report.warn(
+                f"{path / 'journal.jsonl'}: torn or damaged after {len(lines)} lines; "
+                "what is missing is done again"
+            )
+            os.truncate(path / "journal.jsonl", good)  # appending must start cleanly
         if not lines:
             if resume == "required":
                 raise WorkDirError(f"{path}: nothing to resume\n  run without --resume required")
             job = {
                 "state_format": STATE_FORMAT,
-                "run_id": secrets.token_hex(8),
+                "run_id": _run_id(path),
                 "fingerprint": dict(fingerprint),
                 "choices": dict(choices),
             }
             _append(path, job)
             lines = [job]
-        elif resume == "never":
-            raise WorkDirError(
-                f"{path}: holds an unfinished job, and --resume is never\n"
-                "  delete the folder, or pass --work-dir with a new one"
-            )
         _check_job(path, lines[0], fingerprint)
-        work = WorkDir(path, lines[0], _records(lines[1:]))
-        work.check_files(report)
-        work.remove_strays(report)
-        yield work
+        yield WorkDir(path, lines[0], _records(lines[1:]))
 
 
 def peek(path: Path) -> dict[str, Any] | None:
@@ -235,7 +235,17 @@ def peek(path: Path) -> dict[str, Any] | None:
     return lines[0] if lines else None
 
 
-_OWN = {"rilq.lock", "journal.jsonl"}
+def _run_id(path: Path) -> str:
+    """Not random: whoever deletes the folder and starts anew finds the old staging folder."""
+    return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()}:{path.resolve()}".encode()))
+
+
+# A unit's file, or one of `atomic_file` that was never finished.
+_OURS = re.compile(r"[^.].*\.(safetensors|bin)|\..+\.[0-9a-f]{16}\.tmp")
+
+
+def _is_ours(path: Path) -> bool:
+    return _OURS.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
 
 
 def _make_folder(path: Path) -> None:
@@ -253,33 +263,47 @@ def _make_folder(path: Path) -> None:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold `rilq.lock` for as long as the run lasts; the kernel frees it if the run is killed."""
+    lock = path / "rilq.lock"
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with os.fdopen(os.open(path / "rilq.lock", flags, 0o600), "r+") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            handle = os.open(lock, flags, 0o600)
+            file = stack.enter_context(os.fdopen(handle, "r+b", buffering=0))
+            _take_lock(file, lock)
+        except OSError as err:
             raise WorkDirError(
-                f"{path}: in use by {file.read(200).strip() or 'another run'}\n"
-                "  wait for it, stop it, or pass another --work-dir"
-            ) from None
-        holder = file.read(200).strip()
-        host = socket.gethostname()
-        # Some network file systems grant every flock, so a holder elsewhere may still be alive.
-        if " on host " in holder and f" on host {host} " not in holder:
-            raise WorkDirError(
-                f"{path}: last held by {holder}\n"
-                f"  if that run is over, delete {path / 'lock'} and run again"
-            )
-        file.seek(0)
-        file.truncate()
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"pid {os.getpid()} on host {host} since {since}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.seek(0)
-            file.truncate()
+                f"{lock}: cannot be used: {err.strerror}\n"
+                "  delete it if no run is using this folder, or pass another --work-dir"
+            ) from err
+        stack.callback(file.truncate, 0)
+        yield
+
+
+def _take_lock(file: FileIO, lock: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkDirError(
+            f"{lock.parent}: in use by {_holder(file) or 'another run'}\n"
+            "  wait for it, stop it, or pass another --work-dir"
+        ) from None
+    holder, host = _holder(file), socket.gethostname()
+    # Some network file systems grant every flock, so a holder elsewhere may still be alive.
+    if holder and f" on host {host} " not in holder:
+        raise WorkDirError(
+            f"{lock.parent}: last held by {holder}\n"
+            f"  if that run is over, delete {lock} and run again"
+        )
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.seek(0)
+    file.write(f"pid {os.getpid()} on host {host} since {since}\n".encode())
+
+
+def _holder(file: FileIO) -> str:
+    """Who wrote the lock file; nothing if that is not what `_take_lock` writes."""
+    text = file.read(200).decode(errors="replace").strip()
+    return text if re.fullmatch(r"pid \d+ on host \S+ since [\d: -]+", text) else ""
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
@@ -289,12 +313,10 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
     journal = path / "journal.jsonl"
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
     try:
-        handle = os.open(journal, flags, 0o600)
-        try:
-            os.write(handle, text.encode())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with os.fdopen(os.open(journal, flags, 0o600), "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
         sync_folder(path)
     except OSError as err:
         raise WorkDirError(

@@ -26,7 +26,7 @@ class QuantSpec:
     @property
     def max_code(self) -> int:
         """The largest code, `2**bits - 1`."""
-        return 2**self.bits - 1
+        return int(2**self.bits - 1)
 
     @property
     def bits_per_weight(self) -> float:

@@ -57,6 +57,9 @@ class GptqQuantizer:
             RilqError: the Hessian is not finite, or not positive definite even when damped.
         """
         assert hessian is not None, "gptq needs the Hessian of the linear's inputs"
+        assert hessian.shape == (weight.shape[1],) * 2, (
+            f"Hessian {list(hessian.shape)} does not belong to weight {list(weight.shape)}"
+        )
         size = spec.group_size
         if self.block % size:
             raise OptionError(

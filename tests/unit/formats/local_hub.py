@@ -8,11 +8,13 @@ redirected to a second origin (the "CDN") for large files.
         hub.fail_next("reset", on="GET /org/model/resolve")
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import socket
 import struct
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,11 +122,14 @@ class LocalHub:
         self.stop()
 
     def stop(self) -> None:
-        """Close both origins; connections are refused from now on."""
+        """Close both origins and all connections to them; new ones are refused from now on."""
         while self.servers:
             _, server = self.servers.popitem()
             server.shutdown()
             server.server_close()
+            for connection in server.connections:
+                with contextlib.suppress(OSError):  # closed already
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def add(
         self,
@@ -182,10 +187,17 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, hub: LocalHub, name: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub, self.name = hub, name
+        self.connections: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients may leave whenever they like."""
+        """Clients may leave whenever they like; anything else is our own mistake."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, ValueError)):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
