@@ -425,7 +425,10 @@ def _user_errors() -> Iterator[None]:
 
 @contextmanager
 def _stoppable(where: str) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `Interrupted` once; a second one ends the process."""
+    """SIGINT, SIGTERM and SIGHUP raise `Interrupted` once; a second one ends the process.
+
+    One that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
 
     def stop(number: int, _frame: "FrameType | None") -> None:
         for each in signals:
@@ -433,13 +436,15 @@ def _stoppable(where: str) -> Iterator[None]:
         name = signal.Signals(number).name
         raise Interrupted(f"stopped by {name}; {where}: run the same command again to continue")
 
-    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    signals = [each for each in wanted if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in signals}
     try:
         yield
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            if signal.getsignal(each) is stop:  # no signal came; else a second one still ends it
+                signal.signal(each, handler)
 
 
 @contextmanager
@@ -463,4 +468,15 @@ def _reporting(quiet: bool, log_file: Path | None) -> Iterator[Reporter]:
 
 def main() -> None:
     """Entry point of the `rilq` command."""
+    _open_closed_streams()
     app()
+
+
+def _open_closed_streams() -> None:
+    """Send closed standard streams (`>&-`) to nowhere: else the next file gets their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(number, "w" if number else "r"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,9 +17,9 @@ from rilq.converter.adapters import AdapterSpec
 from rilq.converter.merge import merged_zero_point
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
-from rilq.formats.durable import write_bytes
+from rilq.formats.lora import write_peft_adapter
 from rilq.formats.native import RilqConfig
-from rilq.formats.shard import TensorLayout, read_header, write_shard, write_tensors
+from rilq.formats.shard import TensorLayout, read_header, write_shard
 from rilq.formats.verify import file_hash, write_manifest
 from rilq.formats.writer import (
     copy_side_files,
@@ -32,8 +31,6 @@ from rilq.formats.writer import (
     write_index,
 )
 from rilq.progress import Reporter
-
-ADAPTER_FOLDER = "adapter"
 
 
 class QuantizedParts:
@@ -122,9 +119,12 @@ def write_output(
     names = shard_names(len(shards))
     done = {record.unit for record in work.stage("shards")}
     staging = open_staging(output, work.run_id, keep=done)
-    if any(Path(key).parent != staging for r in work.stage("shards") for key in r.files):
-        work.drop("shards")  # they were meant for an output folder elsewhere
+    places = {Path(key).parent for record in work.stage("shards") for key in record.files}
+    if elsewhere := places - {staging}:  # the output folder was another one then
+        work.drop("shards")
         done = set()
+        for folder in elsewhere:
+            shutil.rmtree(folder, ignore_errors=True)
     report.stage("write", len(shards), "shard")
     for count, (name, members) in enumerate(zip(names, shards, strict=True), start=1):
         if name not in done:
@@ -140,34 +140,12 @@ def write_output(
     side = [name for name in checkpoint.side_files() if name != "config.json"]
     copy_side_files({name: checkpoint.source.path(name) for name in side}, staging)
     if lora is not None:
-        write_peft_adapter(staging / ADAPTER_FOLDER, *lora)
+        spec, adapters = lora
+        write_peft_adapter(staging, adapters, rank=spec.rank, alpha=spec.alpha)
     write_manifest(staging, manifest)
     workdir.reached("publish:before")
     publish(staging, output)
     workdir.reached("publish:after")
-
-
-def write_peft_adapter(folder: Path, spec: AdapterSpec, adapters: Mapping[str, Tensor]) -> None:
-    """A LoRA as stock PEFT loads it: `PeftModel.from_pretrained(base, folder)`.
-
-    Args:
-        folder: made if missing.
-        adapters: `<linear>.a [rank, in_features]` and `<linear>.b [out_features, rank]`.
-    """
-    folder.mkdir(exist_ok=True)
-    linears = [name.removesuffix(".a") for name in adapters if name.endswith(".a")]
-    config = LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, target_modules=linears, task_type=TaskType.CAUSAL_LM
-    ).to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    config["inference_mode"] = True
-    text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
-    tensors = {}
-    for linear in linears:
-        tensors[f"base_model.model.{linear}.lora_A.weight"] = adapters[f"{linear}.a"].contiguous()
-        tensors[f"base_model.model.{linear}.lora_B.weight"] = adapters[f"{linear}.b"].contiguous()
-    write_tensors(folder / "adapter_model.safetensors", tensors)
-    write_bytes(folder / "adapter_config.json", text.encode())
 
 
 def _dtype(parts: QuantizedParts) -> torch.dtype:

@@ -15,22 +15,23 @@ import transformers
 import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import rilq
 from rilq.calib.dataset import calibration_rows, describe_source, parse_source
+from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.layers import StreamedModel, refuse_quantized
 from rilq.converter.machine import Machine, measure_machine
-from rilq.converter.options import ConvertOptions
+from rilq.converter.options import ConvertOptions, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
 from rilq.converter.workdir import WorkDir, open_workdir, peek
-from rilq.errors import CheckpointError, DatasetError, WorkDirError
+from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.native import RilqConfig
@@ -124,29 +125,6 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     return ConvertResult(options.output, quality, job.checkpoint.bytes_read)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer; no remote code is run.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    names = [n for n in checkpoint.side_files() if n != "model.safetensors.index.json"]
-    if not any(n in names for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise CheckpointError(
-            f"{checkpoint.source.label}: no tokenizer.json, tokenizer.model or vocab.json\n"
-            "  put the model's tokenizer files beside its weights"
-        )
-    folder = {checkpoint.source.path(name).parent for name in names}.pop()
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as err:  # tokenizers raises bare Exception
-        first = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise CheckpointError(
-            f"{checkpoint.source.label}: the tokenizer cannot be loaded: {first}\n"
-            "  check tokenizer.json and tokenizer_config.json, or download them again"
-        ) from err
-
-
 class _Conversion:
     """One run of a job inside its open work folder."""
 
@@ -215,7 +193,9 @@ class _Conversion:
                 text_key=self.options.text_key,
                 mode=self.options.rows,
             )
-            self._check_vocabulary(rows.tokens)
+            check_vocabulary(
+                rows.tokens, self.streamed.config.vocab_size, self.job.checkpoint.source.label
+            )
             for note in rows.notes:
                 self.report.note(note)
             write_tensors(path, {"tokens": rows.tokens})
@@ -224,15 +204,6 @@ class _Conversion:
         tokens = load_file(path)["tokens"]
         facts = self.work.stage("rows")[0].facts
         return tokens, {**facts, "rows": len(tokens), "seqlen": tokens.shape[1]}
-
-    def _check_vocabulary(self, tokens: Tensor) -> None:
-        size = self.streamed.config.vocab_size
-        if int(tokens.max()) >= size:
-            raise DatasetError(
-                f"{self.job.checkpoint.source.label}: the tokenizer made token {int(tokens.max())},"
-                f" but the embedding has {size} rows\n"
-                "  the tokenizer and the weights do not belong together"
-            )
 
     def _student(
         self, parts: QuantizedParts, quantization: RilqConfig, *, adapted: bool
@@ -401,14 +372,14 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     """Everything that determines the result, as JSON values, one comparable value per key."""
     options, source = job.options, job.checkpoint.source
     return {
-        **options.recipe(),
+        **{flag(name): value for name, value in options.recipe().items()},
         "model": options.model if source.commit else "local folder",
         "commit": source.commit,
         **_file_hashes(job.checkpoint),
-        "dataset": [describe_source(parse_source(text)) for text in options.dataset],
-        "device": job.plan.choices.device,
-        "dtype": job.plan.choices.dtype,
-        "student": options.student,
+        "--dataset": [describe_source(parse_source(text)) for text in options.dataset],
+        "--device": job.plan.choices.device,
+        "--dtype": job.plan.choices.dtype,
+        "--student": options.student,
         **{f"version of {name}": version for name, version in versions().items()},
     }
 

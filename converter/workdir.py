@@ -152,6 +152,7 @@ class WorkDir:
         Files that are not ours stay, and so does the folder then.
         """
         (self.path / "journal.jsonl").unlink(missing_ok=True)
+        reached("remove:begun")
         for path in filter(_is_ours, list(self.path.iterdir())):
             path.unlink()
         (self.path / "rilq.lock").unlink(missing_ok=True)
@@ -199,7 +200,7 @@ def open_workdir(
     """
     _make_folder(path)
     strangers = sorted(p.name for p in path.iterdir())
-    if strangers and "rilq.lock" not in strangers:
+    if strangers and not {"rilq.lock", "journal.jsonl"} & set(strangers):
         raise WorkDirError(
             f"{path}: not a work folder: it holds {', '.join(strangers[:5])}\n"
             "  pass --work-dir with a new or empty folder"
@@ -224,6 +225,7 @@ def open_workdir(
                 "choices": dict(choices),
             }
             _append(path, job)
+            reached("job:committed")
             lines = [job]
         _check_job(path, lines[0], fingerprint)
         yield WorkDir(path, lines[0], _records(lines[1:]))

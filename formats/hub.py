@@ -3,9 +3,11 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from logging import ERROR
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import FileMetadataError, HFValidationError, OfflineModeIsEnabled
@@ -39,6 +41,7 @@ from rilq.progress import Reporter, SilentReporter
 Result = TypeVar("Result")
 
 REFETCHES = 3  # after a first copy that was damaged
+REDIRECTS = 5
 FIRST_BYTES = 1 << 16  # of a shard: the headers of most fit, which saves a second request
 
 
@@ -194,7 +197,7 @@ class HubRepository:
         if cached is not None and cached.stat().st_size == file.size:
             return read_head(cached, shard)
         for attempts_left in reversed(range(1 + REFETCHES)):
-            head = self._ask(lambda: self._fetch_head(name, file.size), name)
+            head = self._fetch_head(name, file.size)
             try:
                 parse_header(head, file.size, shard)
                 break
@@ -260,19 +263,41 @@ class HubRepository:
         return (first + rest)[:end]
 
     def _fetch_range(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes `begin` to `end` (exclusive) of a file, and not many more over the network."""
+        """Bytes `begin` to `end` (exclusive) of a file, and not many more over the network.
+
+        Each hop of a redirect is tried again by itself, or a busy CDN behind a ready Hub would use
+        up the patience of both.
+        """
         if begin == end:
             return b""
         url = hf_hub_url(self.label, name, revision=self.commit, endpoint=self.at.endpoint)
-        headers = build_hf_headers(library_name="rilq", library_version=__version__)
+        for _ in range(REDIRECTS):
+            found = self._ask(partial(self._get_range, url, begin, end), name)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        raise HubError(
+            f"{self.label}/{printable(name)}: {self.at.endpoint} redirects without end; check "
+            "HF_ENDPOINT and the proxy settings"
+        )
+
+    def _get_range(self, url: str, begin: int, end: int) -> bytes | str:
+        """The bytes, or the URL that the server points to instead."""
+        at_home = urlsplit(url)[:2] == urlsplit(self.at.endpoint)[:2]
+        headers = build_hf_headers(
+            token=None if at_home else False,  # None: the user's. Never to another origin (the CDN)
+            library_name="rilq",
+            library_version=__version__,
+        )
         # Identity: a range of compressed bytes would be of no use.
         headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         content = bytearray()
-        # The HTTP library drops the token when it follows a redirect to another origin (the CDN).
         with get_session().stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=timeout
+            "GET", url, headers=headers, follow_redirects=False, timeout=timeout
         ) as response:
+            if response.has_redirect_location:
+                return str(response.headers["Location"])
             hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else begin  # 200: the range was ignored
             for block in response.iter_bytes():

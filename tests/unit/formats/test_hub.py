@@ -322,6 +322,16 @@ def test_a_header_request_that_fails_is_made_again(
     assert repo.head(SHARDS[1])[0] == model()[SHARDS[1]][: len(repo.head(SHARDS[1])[0])]
 
 
+def test_a_busy_cdn_behind_a_ready_hub_does_not_use_up_the_patience(
+    hub: Any, open_repo: Callable[..., HubRepository]
+) -> None:
+    hub.add(REPO, model())
+    repo = open_repo()
+    hub.fail_next("503", 4, on=f"GET /{SHARDS[0]}")
+    repo.head(SHARDS[0])
+    assert len(hub.got(f"GET /org/model/resolve/{repo.commit}/{SHARDS[0]}")) == 1
+
+
 @pytest.mark.parametrize("on", ["GET /api/models", "HEAD /org/model", f"GET /{SHARDS[0]}"])
 @pytest.mark.parametrize("status", ["500", "503"])
 def test_a_busy_server_is_asked_again(

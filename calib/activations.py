@@ -1,0 +1,275 @@
+"""Hidden states of one layer boundary on disk: `[rows, seq_len, hidden]`, one flat file.
+
+The file has no header: elements in C order, each in the machine's (little-endian) byte order.
+Shape, dtype and checksum are kept by whoever wrote it, in the journal. Reading goes through plain
+reads into fresh memory and not through a mapping, because mapped pages count as resident memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TypeVar
+
+import torch
+import xxhash
+from torch import Tensor
+
+from rilq.errors import RilqError
+from rilq.formats.durable import atomic_file
+
+T = TypeVar("T")
+
+_CHUNK = 8 << 20  # bytes per read while a whole file is hashed
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype (numpy has no bfloat16, bytes it has)."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+class ActivationWriter:
+    """Writes one store, batch after batch; the file appears when the `with` block ends well.
+
+    Leaving the block with another number of rows than `shape` says is an error, and then, as after
+    any exception, an older file of that name stays as it was.
+
+    Args:
+        path: final name of the file.
+        shape: `(rows, seq_len, hidden)`.
+        dtype: what is stored; batches are converted to it.
+        label: begins the messages, for example "layer 17 (student)".
+
+    Raises:
+        OutputError: the volume is full or read-only.
+        RilqError: too few or too many rows, or a value that is not finite.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, label: str = ""
+    ) -> None:
+        self._path = path
+        self._shape = shape
+        self._dtype = dtype
+        self._label = label or path.name
+        self._rows = 0
+        self._hash = xxhash.xxh3_128()
+        self._stack = ExitStack()
+        self._file: BinaryIO | None = None
+        self._complete = False
+
+    @property
+    def digest(self) -> str:
+        """xxh3_128 of the file, in hex; known once the block has ended well."""
+        if not self._complete:
+            raise ValueError(f"{self._label}: the digest is known after the file is complete")
+        return str(self._hash.hexdigest())
+
+    def __enter__(self) -> "ActivationWriter":
+        self._file = self._stack.enter_context(atomic_file(self._path))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file = None
+        if error is None and self._rows != self._shape[0]:
+            short = RilqError(
+                f"{self._label}: {self._rows} rows of activations instead of {self._shape[0]}"
+            )
+            self._stack.__exit__(type(short), short, None)  # drops the temporary file
+            raise short
+        self._stack.__exit__(kind, error, trace)
+        self._complete = error is None
+
+    def append(self, batch: Tensor) -> None:
+        """Write the next rows.
+
+        Args:
+            batch: `[n, seq_len, hidden]`, any float dtype, any device.
+
+        Raises:
+            RilqError: a value is not finite in the stored dtype (the message names the first bad
+                row of the store), or more rows come than the shape has.
+            ValueError: another row shape, or the writer is not open.
+        """
+        if self._file is None:
+            raise ValueError(f"{self._label}: append() outside the with block")
+        if batch.ndim != 3 or tuple(batch.shape[1:]) != self._shape[1:]:
+            raise ValueError(f"{self._label}: batch {tuple(batch.shape)} for {self._shape}")
+        if self._rows + len(batch) > self._shape[0]:
+            raise RilqError(f"{self._label}: more than {self._shape[0]} rows of activations")
+        stored = batch.detach().to(self._dtype)  # on its device: half the bytes to copy
+        self._check_finite(stored)
+        content = _bytes_of(stored.cpu().contiguous())
+        self._file.write(content)
+        self._hash.update(content)
+        self._rows += len(batch)
+
+    def _check_finite(self, stored: Tensor) -> None:
+        # A sum is one cheap pass; it is finite unless a value is not, or (rare, harmless) it
+        # overflows by itself, so only then are the rows looked at.
+        if bool(torch.isfinite(stored.sum(dtype=torch.float32))):
+            return
+        bad = (~torch.isfinite(stored).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if not bad:
+            return
+        kind = str(self._dtype).removeprefix("torch.")
+        remedy = (
+            "float16 ends at 65504: run again with --dtype bfloat16 or float32"
+            if self._dtype == torch.float16
+            else "run again with --dtype float32; if that does not help, the model itself is broken"
+        )
+        raise RilqError(
+            f"{self._label}: activations of row {self._rows + bad[0]} hold NaN or infinity "
+            f"in {kind} ({len(bad)} of {len(stored)} rows of this batch)\n  {remedy}"
+        )
+
+
+@dataclass(frozen=True)
+class ActivationStore:
+    """A complete file of hidden states.
+
+    Attributes:
+        path: the file.
+        shape: `(rows, seq_len, hidden)`.
+        dtype: of its elements.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.shape[0] * self.row_bytes
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `start .. stop - 1` as `[stop - start, seq_len, hidden]`.
+
+        Raises:
+            ValueError: not `0 <= start <= stop <= rows`.
+            RilqError: the file is missing or shorter than its shape says.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"rows {start}:{stop} of {self.shape[0]}")
+        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        with self._open() as file:
+            self._fill(file, start, rows)
+        return rows
+
+    def gather(self, indices: Sequence[int]) -> Tensor:
+        """The rows `indices`, in that order, as `[len(indices), seq_len, hidden]`.
+
+        Raises:
+            ValueError: an index is not in `0 .. rows - 1`.
+            RilqError: the file is missing or shorter than its shape says.
+        """
+        wrong = [index for index in indices if not 0 <= index < self.shape[0]]
+        if wrong:
+            raise ValueError(f"rows {wrong[:10]} of {self.shape[0]}")
+        rows = torch.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
+        with self._open() as file:
+            for place, index in enumerate(indices):
+                self._fill(file, index, rows[place])
+        return rows
+
+    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order: `(first row, [at most size, seq_len, hidden])`, one read ahead."""
+        if size < 1:
+            raise ValueError(f"batches of {size} rows")
+        starts = range(0, self.shape[0], size)
+        yield from prefetch(self._reading(start, size) for start in starts)
+
+    def digest(self) -> str:
+        """xxh3_128 of the file as it is now, in hex, comparable with `ActivationWriter.digest`.
+
+        Raises:
+            RilqError: the file cannot be read.
+        """
+        state = xxhash.xxh3_128()
+        chunk = memoryview(bytearray(_CHUNK))
+        with self._open() as file:
+            while got := self._read_into(file, chunk):
+                state.update(chunk[:got])
+        return str(state.hexdigest())
+
+    def verify(self, digest: str) -> bool:
+        """Whether the file exists, has the right size and this digest."""
+        try:
+            return self.path.stat().st_size == self.nbytes and self.digest() == digest
+        except (OSError, RilqError):
+            return False
+
+    def delete(self) -> None:
+        """Remove the file; a missing one is fine."""
+        self.path.unlink(missing_ok=True)
+
+    def _reading(self, start: int, size: int) -> Callable[[], tuple[int, Tensor]]:
+        return lambda: (start, self.read(start, min(start + size, self.shape[0])))
+
+    def _open(self) -> FileIO:
+        try:
+            return open(self.path, "rb", buffering=0)  # straight into the tensor, no copy
+        except OSError as err:
+            raise self._unreadable(err) from err
+
+    def _read_into(self, file: FileIO, room: memoryview) -> int:
+        try:
+            return file.readinto(room)
+        except OSError as err:
+            raise self._unreadable(err) from err
+
+    def _fill(self, file: FileIO, row: int, rows: Tensor) -> None:
+        """Read `rows` (contiguous) from the file, beginning at row `row`."""
+        room = _bytes_of(rows)
+        file.seek(row * self.row_bytes)
+        done = 0
+        while done < len(room):  # one read gives at most 2 GiB on Linux
+            got = self._read_into(file, room[done:])
+            if not got:
+                raise RilqError(
+                    f"{self.path}: ends after {file.tell()} bytes instead of {self.nbytes}\n"
+                    "  the file is damaged; run the same command again to make it anew"
+                )
+            done += got
+
+    def _unreadable(self, err: OSError) -> RilqError:
+        return RilqError(
+            f"{self.path}: activations cannot be read: {err.strerror or err}\n"
+            "  run the same command again to make them anew"
+        )
+
+
+def prefetch(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Results of `reads` in order; while the caller works on one, the next is being read.
+
+    One background thread, one result ahead. An exception of a read is raised when its turn comes.
+    The thread has ended when the iterator is exhausted or closed (a `for` loop that is left early
+    closes it); nothing is read before the first result is asked for.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rilq-prefetch")
+    current: Future[T] | None = None
+    try:
+        for read in reads:
+            following = pool.submit(read)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

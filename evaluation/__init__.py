@@ -1,0 +1,1 @@
+"""Measure checkpoints: perplexity, divergence from a base."""
