@@ -73,7 +73,7 @@ class QuantizedParts:
     def tensor(self, name: str) -> Tensor:
         """One tensor, as it is stored in the output."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            value = file.get_tensor(name)
+            value: Tensor = file.get_tensor(name)
             linear = _linear_of(name)
             if linear is None or f"{linear}.a" not in self.adapters:
                 return value

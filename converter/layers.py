@@ -156,6 +156,9 @@ def build_skeleton(
     Raises:
         CheckpointError: the sizes in the configuration make no model.
     """
+    if getattr(config, "attn_logit_softcapping", None):
+        # transformers 5.17 still takes sdpa for Gemma 2, which leaves the caps out in silence.
+        config._attn_implementation = "eager"
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -77,7 +77,7 @@ class Student(nn.Module):
                     full = f"{prefix}.{index}.{path}"
                     self.model.set_submodule(full, self._adapted(full, base, module, adapters))
             # Only the layer's input is kept; the rest is computed again in the backward pass.
-            layer.forward = partial(  # type: ignore[method-assign]
+            layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
         self._final: Tensor | None = None

@@ -215,9 +215,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for tokens, target in batch:
-            loss = rilq_loss(*self.student(tokens), target, tokens)
+            hidden, logits = self.student(tokens)
+            loss = rilq_loss(hidden, logits, target, tokens)
             share = len(tokens) / self.options.batch_size
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            (loss * share).backward()
             total += loss.item() * share
         finite = total == total and abs(total) != float("inf")
         if finite:
@@ -295,6 +296,7 @@ def validation_loss(
     for start in range(rows.start, rows.stop, batch):
         stop = min(start + batch, rows.stop)
         part = tokens[start:stop].to(device)
-        loss = rilq_loss(*student(part), targets.read(start, stop).to(device), part)
+        hidden, logits = student(part)
+        loss = rilq_loss(hidden, logits, targets.read(start, stop), part)
         total += loss.item() * (stop - start)
     return total / len(rows)

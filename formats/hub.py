@@ -31,7 +31,7 @@ from rilq.formats.hub_requests import (
     explain,
     is_commit,
     may_pass,
-    quotes_token,
+    safe_cause,
     unreachable,
     with_patience,
 )
@@ -162,7 +162,7 @@ class HubRepository:
         cache = RepositoryCache(at.cache, at.repo_id)
         config = cache.find(CONFIG, at.revision)
         if config is None or not (no_answer or proxied or is_commit(at.revision)):
-            raise why from (None if quotes_token(err) else err)
+            raise why from safe_cause(err)
         folder = config.parent
         missing = missing_weights(folder)
         if missing:
@@ -254,7 +254,7 @@ class HubRepository:
         except RilqError:
             raise
         except Exception as err:
-            raise explain(err, self.at, name) from err
+            raise explain(err, self.at, name) from safe_cause(err)
 
     def _fetch_head(self, name: str, size: int) -> bytes:
         first = self._fetch_range(name, 0, min(size, FIRST_BYTES))

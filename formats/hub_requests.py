@@ -164,9 +164,14 @@ def _reason(err: BaseException) -> str:
     return f"the connection failed ({type(err).__name__})"
 
 
-def quotes_token(err: BaseException) -> bool:
+def _quotes_token(err: BaseException) -> bool:
     """Whether this is the error about a token that does not fit into a header, which quotes it."""
     return isinstance(err, UnicodeError) or type(err).__name__ == "LocalProtocolError"
+
+
+def safe_cause(err: Exception) -> Exception | None:
+    """The error to `raise ... from`; None if a traceback with it would show the token."""
+    return None if _quotes_token(err) else err
 
 
 def explain(err: BaseException, at: Address, name: str | None = None) -> RilqError:
@@ -188,7 +193,7 @@ def explain(err: BaseException, at: Address, name: str | None = None) -> RilqErr
             f"{subject}: HF_HUB_OFFLINE=1 forbids to ask the Hub; unset that variable, or put the "
             f"whole model into the cache {at.cache} first"
         )
-    if quotes_token(err):
+    if _quotes_token(err):
         return HubError(
             f"{subject}: the token holds characters that cannot be sent; run `hf auth login` again "
             "or correct HF_TOKEN"

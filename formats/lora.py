@@ -32,7 +32,7 @@ def write_peft_adapter(
     linears = [name.removesuffix(".a") for name in adapters if name.endswith(".a")]
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with any number
         target_modules=linears,
         task_type=TaskType.CAUSAL_LM,
         inference_mode=True,
