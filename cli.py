@@ -43,8 +43,8 @@ _BASE, _DATA, _TRAIN = "Quantization", "Calibration", "RILQ training"
 _MACHINE, _OUT = "Machine", "Output"
 
 
-def _option(panel: str, text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+def _option(panel: str, text: str, *names: str, **limits: int) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)  # type: ignore[arg-type]
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or owner/name on the Hub.")]
@@ -101,7 +101,9 @@ def _convert_options(
         int | None, _option(_DATA, "Tokens per row. (default: 512, or the model's maximum)")
     ] = None,
     val_ratio: Annotated[float, _option(_DATA, "Share of rows held out of the training.")] = 0.2,
-    seed: Annotated[int, _option(_DATA, "Of rows, their order, and the adapters.")] = 42,
+    seed: Annotated[
+        int, _option(_DATA, "Of rows, their order, and the adapters.", min=0, max=2**32 - 1)
+    ] = 42,
     rank: Annotated[int, _option(_TRAIN, "Of the adapters; 0 trains none.")] = 16,
     alpha: Annotated[float, _option(_TRAIN, "Adapters are scaled by alpha / rank.")] = 16.0,
     adapter: Annotated[
@@ -110,7 +112,7 @@ def _convert_options(
     lr: Annotated[
         float | None, _option(_TRAIN, "Learning rate. (default: 1e-4 x 4096 / hidden size)")
     ] = None,
-    steps: Annotated[int, _option(_TRAIN, "Updates at most.")] = 200,
+    steps: Annotated[int, _option(_TRAIN, "Updates at most.")] = 100,
     batch_size: Annotated[int, _option(_TRAIN, "Rows per update.")] = 8,
     val_every: Annotated[int, _option(_TRAIN, "Updates between validations.")] = 25,
     patience: Annotated[int, _option(_TRAIN, "Validations without a gain before stopping.")] = 5,

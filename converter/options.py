@@ -48,7 +48,7 @@ class ConvertOptions:
     alpha: float = 16.0
     adapter: AdapterKind = "pooled"
     learning_rate: float | None = None
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 8
     val_every: int = 25
     patience: int = 5

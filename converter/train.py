@@ -99,7 +99,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     """Warm-up over the first twentieth of `steps`, constant to the half, then linearly to zero.
 
     The paper keeps the rate constant for up to 1250 updates; docs/recipes.md has what the decay
-    gains in 200, and why it is not a cosine.
+    gains in 100, and why it is not a cosine.
     """
     warm = max(1, round(0.05 * steps))
     return peak * min(1.0, (step + 1) / warm, 2 * (1 - step / steps))

@@ -215,6 +215,9 @@ def open_workdir(
                 "what is missing is done again"
             )
             os.truncate(path / "journal.jsonl", good)  # appending must start cleanly
+        if len(lines) == 1:  # no unit was finished: the job may as well be another one now
+            (path / "journal.jsonl").unlink()
+            lines = []
         if not lines:
             if resume == "required":
                 raise WorkDirError(f"{path}: nothing to resume\n  run without --resume required")

@@ -1,0 +1,256 @@
+"""Conversions in child processes: made to be killed, limited or spoilt, and compared by hash.
+
+Children are forked from the test process, so that each costs no imports. They run on one thread,
+and without fsync: what a killed process has written stays in the page cache, so syncing would only
+cost time here (its order is a matter of power loss, which no test makes).
+"""
+
+import hashlib
+import itertools
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from rilq import cli
+from rilq.converter import pipeline, workdir
+from rilq.converter.options import ConvertOptions
+from rilq.errors import RilqError
+from rilq.progress import LogReporter
+
+LONGEST = 120  # seconds; a child that takes longer hangs
+BROKEN = 70  # exit code of a child that raised something unexpected
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: exit code (or minus the signal that killed it) and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Child:
+    """A running child; `folder` is its current folder and holds its output."""
+
+    pid: int
+    folder: Path
+
+    def wait(self) -> Ended:
+        """Wait for its end."""
+        _, status = os.waitpid(self.pid, 0)
+        texts = ((self.folder / name).read_text(errors="replace") for name in ("out", "err"))
+        return Ended(os.waitstatus_to_exitcode(status), *texts)
+
+
+def _child(function: Callable[[], None], folder: Path) -> NoReturn:
+    """What a forked child does; it never returns to the test runner."""
+    code = BROKEN
+    try:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", errors="backslashreplace")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder)
+        os.fsync = lambda fd: None
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        signal.alarm(LONGEST)
+        torch.set_num_threads(1)
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    except RilqError as err:
+        print(f"rilq: {err}", file=sys.stderr)
+        code = err.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+@pytest.fixture
+def start_child(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Callable[[], None]], Child]]:
+    """A function that starts another one in a forked child."""
+    children: list[Child] = []
+
+    def start(function: Callable[[], None]) -> Child:
+        folder = tmp_path_factory.mktemp("child")
+        with warnings.catch_warnings():
+            # Python 3.12 warns if there are threads; those of torch and tokenizers are idle here.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            _child(function, folder)
+        children.append(Child(pid, folder))
+        return children[-1]
+
+    yield start
+    for child in children:
+        with suppress(ProcessLookupError, ChildProcessError):  # the test has waited for it
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+        strays = {path.name for path in child.folder.iterdir()} - {"out", "err"}
+        assert not strays, f"written to the current folder: {strays}"
+
+
+@pytest.fixture
+def in_child(
+    start_child: Callable[[Callable[[], None]], Child],
+) -> Callable[[Callable[[], None]], Ended]:
+    """A function that runs another one in a forked child, to its end."""
+    return lambda function: start_child(function).wait()
+
+
+def _convert(options: ConvertOptions) -> None:
+    report = LogReporter(sys.stderr)
+    pipeline.convert(pipeline.prepare(options, report), report)
+
+
+def _at(call: int, act: Callable[[], None]) -> None:
+    """Have `act` called at the `call`-th commit point (from 1) of this child."""
+    calls = itertools.count(1)
+
+    def reached(_point: str) -> None:
+        if next(calls) == call:
+            act()
+
+    workdir.reached = reached
+
+
+@pytest.fixture
+def convert(in_child: Callable[[Callable[[], None]], Ended]) -> Callable[..., Ended]:
+    """`convert(options, at=None, act=kill -9)`: a conversion in a child, and how it ended.
+
+    With `at`, the child calls `act` at the commit point of that number, counted from 1.
+    """
+
+    def run(
+        options: ConvertOptions, at: int | None = None, act: Callable[[], None] = kill_self
+    ) -> Ended:
+        def body() -> None:
+            if at is not None:
+                _at(at, act)
+            _convert(options)
+
+        return in_child(body)
+
+    return run
+
+
+def kill_self() -> None:
+    """kill -9 of the calling process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def run_cli(in_child: Callable[[Callable[[], None]], Ended]) -> Callable[..., Ended]:
+    """`run_cli(*arguments, first=None)`: the command in a child, where `first` is called before."""
+
+    def run(*arguments: object, first: Callable[[], None] | None = None) -> Ended:
+        def body() -> None:
+            if first is not None:
+                first()
+            sys.argv = ["rilq", *map(str, arguments)]
+            cli.main()
+
+        return in_child(body)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def calib(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    """A calibration text of 6 kB."""
+    path = tmp_path_factory.mktemp("text") / "calib.txt"
+    path.write_text(text[:6000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def quick(tiny_llama: Path, calib: Path) -> Callable[..., ConvertOptions]:
+    """`quick(folder, **overrides)`: options of a conversion of tiny_llama to `folder/out`.
+
+    Two decoder layers, three training checkpoints, three output shards; the settings are such that
+    training gains, so that the output depends on it.
+    """
+    base = ConvertOptions(
+        model=str(tiny_llama),
+        dataset=(str(calib),),
+        group_size=32,
+        nsamples=12,
+        seqlen=32,
+        learning_rate=1e-3,
+        steps=4,
+        val_every=2,
+        max_shard_size="40kB",
+    )
+
+    def options(folder: Path, **overrides: Any) -> ConvertOptions:
+        return replace(base, **{"output_dir": folder / "out", **overrides})
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
+    """`arguments(folder, *more)`: the command line of a `quick` conversion to `folder/out`.
+
+    Of an option that comes twice the last one wins.
+    """
+
+    def make(
+        folder: Path,
+        *more: object,
+        command: str = "convert",
+        model: Path = tiny_llama,
+        dataset: Path = calib,
+    ) -> list[str]:
+        quick = (
+            "--group-size 32 --nsamples 12 --seqlen 32 --lr 1e-3 --steps 4 --val-every 2 "
+            "--max-shard-size 40kB"
+        )
+        places = ["--dataset", str(dataset), "--output-dir", str(folder / "out")]
+        return [command, str(model), *quick.split(), *places, *map(str, more)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hashes() -> Callable[[Path], dict[str, str]]:
+    """A function that gives every file under a folder, hidden ones too, with its sha256."""
+
+    def measure(folder: Path) -> dict[str, str]:
+        return {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return measure
+
+
+@pytest.fixture(autouse=True)
+def sources_stay_as_they_are(
+    tiny_llama: Path, calib: Path, hashes: Callable[[Path], dict[str, str]]
+) -> Iterator[None]:
+    """No test in this folder may change the shared checkpoint or the calibration text."""
+    before = hashes(tiny_llama), hashes(calib.parent)
+    yield
+    assert (hashes(tiny_llama), hashes(calib.parent)) == before, "a source folder was written to"

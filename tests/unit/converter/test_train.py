@@ -1,0 +1,183 @@
+"""RILQ's loss and the training loop, on a student small enough to see through."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rilq.calib.activations import ActivationStore, ActivationWriter
+from rilq.converter.adapters import Adapter, AdapterSpec
+from rilq.converter.train import (
+    Trainer,
+    TrainOptions,
+    learning_rate_at,
+    rilq_loss,
+    row_order,
+)
+from rilq.errors import RilqError
+from rilq.progress import SilentReporter
+
+VOCABULARY, HIDDEN = 12, 32
+
+
+class OneLinear(nn.Module):
+    """An embedding, one frozen linear with an adapter, and a head: `Student`'s interface."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(5)
+        self.embedding = torch.randn(VOCABULARY, HIDDEN, generator=draw)
+        self.head = torch.randn(VOCABULARY, HIDDEN, generator=draw) / HIDDEN**0.5
+        adapter = Adapter(
+            AdapterSpec("lora", 4, 4.0, seed=0),
+            "linear",
+            out_features=HIDDEN,
+            in_features=HIDDEN,
+            group_size=32,
+            device=torch.device("cpu"),
+        )
+        self.adapters = {"linear": adapter}
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding[tokens]
+        hidden = x + self.adapters["linear"](x)
+        return hidden, hidden @ self.head.T
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(VOCABULARY, (20, 8), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def targets(tmp_path: Path, tokens: Tensor) -> Iterator[ActivationStore]:
+    """The student's own states, moved by a matrix of rank 2: something an adapter can learn."""
+    draw = torch.Generator().manual_seed(2)
+    left, right = (torch.randn(*size, generator=draw) for size in ((HIDDEN, 2), (2, HIDDEN)))
+    move = left @ right / HIDDEN**0.5
+    x = OneLinear().embedding[tokens]
+    shape = (20, 8, HIDDEN)
+    with ActivationWriter(tmp_path / "t.bin", shape, torch.float32, label="test") as writer:
+        writer.append(x + x @ move)
+    yield ActivationStore(tmp_path / "t.bin", shape, torch.float32)
+
+
+def trainer(tokens: Tensor, targets: ActivationStore, **changes: float) -> Trainer:
+    settings = dict(learning_rate=0.02, steps=12, batch_size=4, micro_batch=4, val_every=4)
+    options = TrainOptions(**{**settings, **changes})  # type: ignore[arg-type]
+    student = OneLinear()
+    return Trainer(student, tokens, targets, validation=4, options=options)  # type: ignore[arg-type]
+
+
+def run(train: Trainer) -> list[dict[str, Tensor]]:
+    states: list[dict[str, Tensor]] = []
+    train.run(
+        lambda: states.append({k: v.clone() for k, v in train.tensors().items()}), SilentReporter()
+    )
+    return states
+
+
+def test_loss_is_half_mse_and_half_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, target = (torch.randn(20, 8, HIDDEN, generator=draw) for _ in range(2))
+    logits = torch.randn(20, 8, VOCABULARY, generator=draw)
+    nll = 0.0
+    for row in range(20):
+        for t in range(7):
+            nll -= F.log_softmax(logits[row, t], -1)[tokens[row, t + 1]].item() / (20 * 7)
+    expected = 0.5 * (hidden - target).square().mean().item() + 0.5 * nll
+    assert rilq_loss(hidden, logits, target, tokens).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_validation_loss(tokens: Tensor, targets: ActivationStore) -> None:
+    train = trainer(tokens, targets, steps=60, val_every=20)
+    run(train)
+    first, last = train.progress.history[0][1], train.progress.best_loss
+    assert last < first - 0.2  # of which the cross-entropy of random tokens is no part
+
+
+def test_gradients_of_micro_batches_add_up(tokens: Tensor, targets: ActivationStore) -> None:
+    whole, split = (
+        trainer(tokens, targets, steps=4),
+        trainer(tokens, targets, steps=4, micro_batch=1),
+    )
+    run(whole), run(split)
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parameter, split.parameters[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_is_identical_to_an_unbroken_one(
+    tokens: Tensor, targets: ActivationStore
+) -> None:
+    unbroken = trainer(tokens, targets)
+    states = run(unbroken)
+    facts = None
+    first = trainer(tokens, targets)
+
+    class Stop(Exception):
+        pass
+
+    def commit() -> None:
+        nonlocal facts
+        facts = first.progress.as_facts()
+        if first.progress.step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.run(commit, SilentReporter())
+    assert facts is not None
+    second = trainer(tokens, targets)
+    second.restore(states[1], facts)
+    resumed = run(second)
+    for name, value in states[-1].items():
+        assert torch.equal(value, resumed[-1][name]), name
+    assert second.progress == unbroken.progress
+
+
+def test_step_zero_is_kept_if_training_only_hurts(tokens: Tensor, targets: ActivationStore) -> None:
+    train = trainer(tokens, targets, learning_rate=30.0)
+    start = {n: p.detach().clone() for n, p in train.parameters.items()}
+    run(train)
+    assert train.progress.best_step == 0
+    train.use_best()
+    assert all(torch.equal(p, start[n]) for n, p in train.parameters.items())
+
+
+def test_training_stops_when_validation_no_longer_gains(
+    tokens: Tensor, targets: ActivationStore
+) -> None:
+    train = trainer(tokens, targets, learning_rate=30.0, steps=400, val_every=1, patience=3)
+    run(train)
+    assert train.progress.step == 3
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_and_ends_in_an_error(
+    tokens: Tensor, targets: ActivationStore
+) -> None:
+    train = trainer(tokens, targets)
+    student = train.student
+    student.head = student.head * float("nan")  # type: ignore[operator]
+    before = {n: p.detach().clone() for n, p in train.parameters.items()}
+    train.progress.history.append((0, 1.0))  # as if step 0 had been validated
+    with pytest.raises(RilqError, match="not finite 3 times in a row at step 2.*\n.*--lr"):
+        run(train)
+    assert all(torch.equal(p, before[n]) for n, p in train.parameters.items())
+
+
+def test_rows_come_in_a_new_order_every_epoch_and_all_of_them() -> None:
+    order = list(islice(row_order(7, seed=3), 21))
+    epochs = [order[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert order == list(islice(row_order(7, seed=3), 21))
+
+
+def test_rate_warms_up_stays_and_falls_to_zero() -> None:
+    rates = [learning_rate_at(step, 100, 1.0) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 == rates[50]
+    assert rates[75] == pytest.approx(0.5) and rates[100] == 0
+    assert learning_rate_at(0, 1, 1.0) == 1.0
