@@ -39,8 +39,9 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.student import Student
 from rilq.converter.train import rilq_loss
 from rilq.converter.workdir import WorkDir
-from rilq.formats.checkpoint import Checkpoint, LocalFolder
+from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
+from rilq.formats.source import LocalFolder
 
 SEED = 0
 ROWS, SEQLEN, BATCH = 16, 256, 16

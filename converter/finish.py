@@ -19,7 +19,8 @@ from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.lora import write_peft_adapter
 from rilq.formats.native import RilqConfig
-from rilq.formats.shard import TensorLayout, read_header, write_shard
+from rilq.formats.shard import read_header
+from rilq.formats.shard_writer import TensorLayout, write_shard
 from rilq.formats.verify import file_hash, write_manifest
 from rilq.formats.writer import (
     copy_side_files,

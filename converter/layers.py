@@ -1,8 +1,7 @@
 """Any supported transformers model, with at most one decoder layer's weights in memory.
 
-The architecture is transformers' own modelling code, built on the meta device. What a decoder layer
-is called with (masks, positions, rotary embeddings) is recorded from transformers' own forward
-pass, so nothing about an architecture is written here but the list of those that were tried.
+What a decoder layer is called with (masks, positions, rotary embeddings) is recorded from
+transformers' own forward pass, so that nothing about an architecture is written here.
 """
 
 from __future__ import annotations
@@ -12,168 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rilq.converter.architecture import build_skeleton, decoder_layers, load_config, native_config
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
-from rilq.formats.checkpoint import Checkpoint, listing
-from rilq.formats.native import RilqConfig, replace_linears
-from rilq.formats.shard import printable
-
-# model_type of every architecture whose streamed states were tested against transformers in memory.
-SUPPORTED = {
-    "llama": "Llama 2/3",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2/2.5",
-    "qwen3": "Qwen3",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3 (text)",
-    "phi3": "Phi-3",
-    "olmo2": "OLMo 2",
-}
-
-# Sizes in config.json that must be positive where they are given.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-# What config.json may hold that does not describe the model that is built here.
-_NOT_THE_MODEL = (
-    "quantization_config",
-    "auto_map",
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-)
+from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.shard import listing
 
 # Old exports stored these buffers; transformers computes them from the config.
 _DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias.causal")
-
-
-def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The checkpoint's configuration as transformers understands it; no remote code is run.
-
-    Raises:
-        UnsupportedArchitectureError: not one of `SUPPORTED`; the message names the architecture.
-        CheckpointError: `config.json` has no `model_type`, or values that make no model.
-    """
-    raw = dict(checkpoint.config)
-    where = f"{checkpoint.source.label}/config.json"
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(
-            f"{where}: no model_type: cannot tell the architecture\n"
-            "  expected a Hugging Face causal language model; check that the folder is complete"
-        )
-    if model_type not in SUPPORTED:
-        named = raw.get("architectures") or ["?"]
-        name = named[0] if isinstance(named, list) and named else named
-        remote = " (its remote code is never run)" if "auto_map" in raw else ""
-        raise UnsupportedArchitectureError(
-            f"{where}: architecture {printable(str(name))} (model_type {model_type!r}) is not "
-            f"supported{remote}\n"
-            f"  supported: {', '.join(SUPPORTED.values())}"
-        )
-    _check_sizes(checkpoint)
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(
-            {key: value for key, value in raw.items() if _of_model(key, value)}
-        )
-    except Exception as err:  # transformers validates with many exception types
-        raise CheckpointError(f"{where}: {_one_line(err)}\n  correct config.json") from err
-
-
-def _of_model(key: str, value: Any) -> bool:
-    """Whether an entry of config.json describes the model, not a run or its machine."""
-    if key.endswith("attn_implementation"):
-        return value in ("eager", "sdpa")  # others need kernels that may not be installed here
-    return key not in _NOT_THE_MODEL
-
-
-def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Sizes are positive, and no more layers are asked for than the checkpoint has tensors."""
-    sizes = {key: checkpoint.config.get(key) for key in _SIZES}
-    wrong = {k: v for k, v in sizes.items() if v is not None and not (type(v) is int and v > 0)}
-    if wrong:
-        found = ", ".join(f"{key} {printable(repr(value))}" for key, value in wrong.items())
-        raise CheckpointError(
-            f"{checkpoint.source.label}/config.json: {found}: expected a positive whole number\n"
-            "  correct config.json, or download it again"
-        )
-    if (sizes["num_hidden_layers"] or 0) > len(checkpoint.tensors):  # would be built for hours
-        raise CheckpointError(
-            f"{checkpoint.source.label}/config.json: num_hidden_layers "
-            f"{sizes['num_hidden_layers']}, but the checkpoint has only "
-            f"{len(checkpoint.tensors)} tensors\n  correct num_hidden_layers"
-        )
-
-
-def native_config(checkpoint: Checkpoint) -> RilqConfig | None:
-    """The checkpoint's quantization, if it is in rilq's native format; None for a dense one.
-
-    Raises:
-        CheckpointError: quantized by another method, or in a way that cannot be read.
-    """
-    raw = checkpoint.config.get("quantization_config")
-    if raw is None:
-        return None
-    method = raw.get("quant_method") if isinstance(raw, dict) else None
-    if method != "rilq":
-        raise CheckpointError(
-            f"{checkpoint.source.label}/config.json: quantization_config: the checkpoint is "
-            f"already quantized ({method or 'unknown method'})\n"
-            "  give the original 16-bit checkpoint"
-        )
-    try:
-        return RilqConfig(**{k: v for k, v in raw.items() if k != "quant_method"})
-    except (ValueError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{checkpoint.source.label}/config.json: {err}") from err
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError if the checkpoint is quantized, by us or by anybody."""
-    if native_config(checkpoint) is not None:
-        raise CheckpointError(
-            f"{checkpoint.source.label}/config.json: quantization_config: already converted by "
-            "rilq\n  give the original 16-bit checkpoint"
-        )
-
-
-def build_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, quantization: RilqConfig | None = None
-) -> nn.Module:
-    """transformers' causal language model on the meta device, its buffers real, in eval mode.
-
-    Raises:
-        CheckpointError: the sizes in the configuration make no model.
-    """
-    if getattr(config, "attn_logit_softcapping", None):
-        # transformers 5.17 still takes sdpa for Gemma 2, which leaves the caps out in silence.
-        config._attn_implementation = "eager"
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as err:
-        raise CheckpointError(
-            f"config.json: transformers cannot build this model: {_one_line(err)}\n"
-            "  check the sizes, hidden_act, rope_parameters and pad_token_id"
-        ) from err
-    if quantization is not None:
-        try:
-            replace_linears(model, quantization)
-        except ValueError as err:
-            raise CheckpointError(f"config.json: quantization_config: {err}") from err
-    model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
 
 
 class StreamedModel:
@@ -397,25 +244,6 @@ class _Recorder(nn.Module):
         return getattr(self.__dict__["layer"], name)
 
 
-def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers, and its module name.
-
-    Raises:
-        UnsupportedArchitectureError: there is not exactly one list of `num_hidden_layers` modules.
-    """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    if len(lists) != 1:
-        raise UnsupportedArchitectureError(
-            f"{config.model_type}: expected one list of {config.num_hidden_layers} decoder "
-            f"layers, found {len(lists)}"
-        )
-    return lists[0]
-
-
 def place_tensor(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
     """Give the parameter or buffer `name` its value, in the dtype that the model was built with."""
     owner, _, leaf = name.rpartition(".")
@@ -506,9 +334,3 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(_equal, left, right))
     return bool(left == right)
-
-
-def _one_line(err: BaseException) -> str:
-    """The error's kind and text; transformers tells the reason in the second or third line."""
-    text = " ".join(str(err).split())
-    return printable(f"{type(err).__name__}: {text}", 400)

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import rilq
-from rilq.calib.dataset import calibration_rows, describe_source, parse_source
+from rilq.calib.dataset import calibration_rows
+from rilq.calib.sources import describe_source, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec
+from rilq.converter.architecture import refuse_quantized
 from rilq.converter.finish import QuantizedParts, write_output
-from rilq.converter.layers import StreamedModel, refuse_quantized
+from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine
 from rilq.converter.options import ConvertOptions, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
@@ -35,7 +37,7 @@ from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.native import RilqConfig
-from rilq.formats.shard import write_tensors
+from rilq.formats.shard_writer import write_tensors
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
 from rilq.formats.writer import check_output, parse_size
 from rilq.progress import Reporter

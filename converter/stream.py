@@ -23,7 +23,7 @@ from rilq.errors import CheckpointError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
 from rilq.formats.packing import dequantize_packed
-from rilq.formats.shard import write_tensors
+from rilq.formats.shard_writer import write_tensors
 from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter

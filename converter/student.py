@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 from rilq.converter.adapters import Adapter, AdapterSpec
-from rilq.converter.layers import build_skeleton, decoder_layers, place_buffers, place_tensor
+from rilq.converter.architecture import build_skeleton, decoder_layers
+from rilq.converter.layers import place_buffers, place_tensor
 from rilq.formats.native import RilqConfig, RilqLinear
 
 Tier = Literal["dense", "packed"]

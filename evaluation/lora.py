@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from rilq.converter.layers import StreamedModel
 from rilq.errors import CheckpointError
-from rilq.formats.checkpoint import LocalFolder, listing
 from rilq.formats.lora import ADAPTER_FOLDER
-from rilq.formats.shard import ShardHeader, read_header, read_tensors
+from rilq.formats.shard import ShardHeader, listing, read_header, read_tensors
+from rilq.formats.source import LocalFolder
 from rilq.progress import Reporter
 
 CONFIG_NAME = "adapter_config.json"

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rilq.calib.dataset import DataSource, evaluation_rows, parse_source
+from rilq.calib.dataset import evaluation_rows
+from rilq.calib.sources import DataSource, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine
@@ -101,7 +102,7 @@ def evaluate(
     Args:
         model: a folder, or `owner/name` on the Hub. A LoRA that lies beside a converted checkpoint
             is applied.
-        text: a file, `c4`, `wikitext2` or `owner/name` on the Hub; see `rilq.calib.dataset`.
+        text: a file, `c4`, `wikitext2` or `owner/name` on the Hub; see `rilq.calib.sources`.
         seqlen: tokens per window; None takes 2048, or what the model is made for if that is less.
         against: a checkpoint with the same tokens, to compare with: folder or `owner/name`.
         device: "auto", "cpu", "cuda" or "cuda:1".

@@ -1,38 +1,33 @@
 """A checkpoint, as a folder or a repository holds it: checked whole at the start, read lazily."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
 from rilq.errors import CheckpointError, NonFiniteError
+from rilq.formats.index import INDEX, choose_shards, locate_tensors, read_weight_map
 from rilq.formats.shard import (
     CODE_OF,
-    DAMAGED,
     ShardHeader,
     TensorInfo,
+    listing,
     parse_header,
     printable,
     raw_bytes,
-    read_head,
     read_tensors,
 )
+from rilq.formats.source import CONFIG, Source, label_of, read_json
 from rilq.progress import Reporter, SilentReporter
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SOURCE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-JSON_CAP = 100_000_000  # bytes; the largest index published is about 10 MB
 CHUNK = 2**20  # elements that are hashed and scanned together: 2 to 4 MB, so they stay in cache
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Masks and positions that older transformers releases saved along with the weights. They are
 # whole numbers by nature, and no module of today takes them.
@@ -59,71 +54,6 @@ SIDE_FILES = (
     "notice.txt",
     "use_policy.md",
 )
-
-
-class Source(Protocol):
-    """Where a checkpoint's files come from; a name is relative and has been listed by `files`."""
-
-    @property
-    def label(self) -> str:
-        """What messages call the checkpoint."""
-
-    @property
-    def commit(self) -> str | None:
-        """The pinned revision that fixes the content; None for a folder."""
-
-    def files(self) -> dict[str, int]:
-        """Name to size in bytes."""
-
-    def path(self, name: str) -> Path:
-        """The file on this machine, fetched first if need be."""
-
-    def head(self, name: str) -> tuple[bytes, int]:
-        """A safetensors file's first 8 + N bytes and its size, without fetching all of it."""
-
-
-@dataclass(frozen=True)
-class LocalFolder:
-    """The files at the top level of a folder; links to files elsewhere are followed."""
-
-    folder: Path
-    commit: None = None
-
-    @property
-    def label(self) -> str:
-        """The folder as it was given."""
-        return str(self.folder)
-
-    def files(self) -> dict[str, int]:
-        """Name to size in bytes of every regular file.
-
-        Raises:
-            CheckpointError: there is no such folder, or it cannot be listed.
-        """
-        try:
-            return {f.name: f.stat().st_size for f in sorted(self.folder.iterdir()) if f.is_file()}
-        except OSError as err:
-            raise CheckpointError(
-                f"{printable(self.label, 400)}: is not a folder that can be read: {err.strerror}\n"
-                "  give a checkpoint's folder, or the name of a repository on the Hub"
-            ) from err
-
-    def path(self, name: str) -> Path:
-        """`name` in the folder.
-
-        Raises:
-            CheckpointError: `name` is not a plain file name.
-        """
-        if name in ("", ".", "..") or "/" in name or _leaves_folder(name):
-            raise CheckpointError(
-                f"{printable(self.label, 400)}: {printable(name)} points outside the checkpoint "
-                "folder\n  put all files of a checkpoint into one folder"
-            )
-        return self.folder / name
-
-    def head(self, name: str) -> tuple[bytes, int]:
-        """A safetensors file's first 8 + N bytes, and its size."""
-        return read_head(self.path(name), f"{self.label}/{name}")
 
 
 @dataclass
@@ -180,22 +110,22 @@ class Checkpoint:
             CheckpointError: anything is missing, damaged, contradictory or not supported.
         """
         files = source.files()
-        config = _read_json(source, files, CONFIG)
+        config = read_json(source, files, CONFIG)
         if config is None:
             raise CheckpointError(
-                f"{_at(source)}: has no {CONFIG}\n"
+                f"{label_of(source)}: has no {CONFIG}\n"
                 "  give the folder or repository that holds config.json and *.safetensors"
             )
         digests = {CONFIG: _file_digest(source.path(CONFIG))}
-        weight_map = _read_weight_map(source, files)
+        weight_map = read_weight_map(source, files)
         if weight_map is not None:
             digests[INDEX] = _file_digest(source.path(INDEX))
         headers = {}
-        for shard in _choose_shards(source, files, weight_map, report):
+        for shard in choose_shards(source, files, weight_map, report):
             head, size = source.head(shard)
             headers[shard] = parse_header(head, size, f"{source.label}/{shard}")
             digests[shard] = headers[shard].digest
-        shard_of = _place_tensors(source, headers, weight_map, report)
+        shard_of = locate_tensors(source, headers, weight_map, report)
         checkpoint = cls(source, config, headers, shard_of, digests, report)
         checkpoint._check_dtypes(dtypes)
         return checkpoint
@@ -261,7 +191,7 @@ class Checkpoint:
         unknown = [name for name in wanted if name not in self.tensors]
         if unknown:
             raise CheckpointError(
-                f"{_at(self.source)}: holds no tensor {listing(unknown)}\n"
+                f"{label_of(self.source)}: holds no tensor {listing(unknown)}\n"
                 "  the files do not fit config.json; download the checkpoint again"
             )
         return wanted
@@ -270,7 +200,9 @@ class Checkpoint:
         """Count one tensor that was read, and compare it with earlier reads of it."""
         self.bytes_read += tensor.nbytes
         first = name not in self.hashes
-        place = f"{_at(self.source)}/{printable(self.shard_of[name])}: tensor {printable(name)}"
+        place = (
+            f"{label_of(self.source)}/{printable(self.shard_of[name])}: tensor {printable(name)}"
+        )
         if self.hashes.setdefault(name, scan.hash) != scan.hash:
             raise CheckpointError(
                 f"{place} changed since it was first read\n"
@@ -295,7 +227,8 @@ class Checkpoint:
             if "quantization_config" in self.config:
                 remedy = "it is quantized already (quantization_config in config.json); " + remedy
             raise CheckpointError(
-                f"{_at(self.source)}: weights of a dtype that is not supported: {listing(wrong)}\n"
+                f"{label_of(self.source)}: weights of a dtype that is not supported: "
+                f"{listing(wrong)}\n"
                 f"  supported: {', '.join(sorted(CODE_OF[d] for d in dtypes))}; {remedy}"
             )
 
@@ -321,7 +254,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it is not a JSON object.
         """
-        return _read_json(self.source, self.source.files(), name)
+        return read_json(self.source, self.source.files(), name)
 
     def side_files(self) -> list[str]:
         """Files to copy to the output: config, tokenizer, chat template, licence; never code."""
@@ -371,169 +304,5 @@ def _count_zero_rows(rows: Tensor) -> int:
     return int((rows[candidates] == 0).all(dim=1).sum())
 
 
-def listing(names: Sequence[str], limit: int = 10) -> str:
-    """Up to `limit` names, fit for a terminal, and how many there are if that is not all."""
-    shown = ", ".join(printable(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
-
-
-def _at(source: Source) -> str:
-    return printable(source.label, 400)
-
-
-def _leaves_folder(name: str) -> bool:
-    """Whether a relative name from outside could point out of its folder, on any system."""
-    return (
-        PurePosixPath(name).is_absolute()
-        or bool(PureWindowsPath(name).anchor)
-        or ".." in re.split(r"[/\\]", name)
-        or not name.isprintable()
-    )
-
-
 def _file_digest(path: Path) -> str:
     return xxhash.xxh3_128_hexdigest(path.read_bytes())
-
-
-def _read_json(source: Source, files: Mapping[str, int], name: str) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no file `name`."""
-    if name not in files:
-        return None
-    label = f"{_at(source)}/{printable(name)}"
-    if files[name] > JSON_CAP:
-        raise CheckpointError(f"{label}: has {files[name]} bytes, over {JSON_CAP}\n  {DAMAGED}")
-    try:
-        table = json.loads(source.path(name).read_bytes().decode("utf-8"))
-    except json.JSONDecodeError as err:
-        raise CheckpointError(
-            f"{label}: is not valid JSON at line {err.lineno}, column {err.colno}: {err.msg}\n"
-            f"  {DAMAGED}"
-        ) from err
-    except (OSError, ValueError, RecursionError) as err:  # ValueError: UTF-8, or endless digits
-        raise CheckpointError(f"{label}: cannot be read: {err}\n  {DAMAGED}") from err
-    if not isinstance(table, dict):
-        raise CheckpointError(
-            f"{label}: is a JSON {type(table).__name__}, not an object\n  {DAMAGED}"
-        )
-    return table
-
-
-def _read_weight_map(source: Source, files: Mapping[str, int]) -> dict[str, str] | None:
-    """The index's tensor to shard, or None where there is no index."""
-    table = _read_json(source, files, INDEX)
-    if table is None:
-        return None
-    label, weight_map = f"{_at(source)}/{INDEX}", table.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{label}: has no weight_map of tensors to shards\n  {DAMAGED}")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise CheckpointError(
-                f"{label}: weight_map names no file for {printable(name)}, "
-                f"but {printable(str(shard))}\n  {DAMAGED}"
-            )
-        if _leaves_folder(shard):
-            raise CheckpointError(
-                f"{label}: {printable(shard)} (of {printable(name)}) points outside the checkpoint "
-                "folder\n  do not use this checkpoint; it was made to read other files"
-            )
-    return weight_map
-
-
-def _choose_shards(
-    source: Source,
-    files: Mapping[str, int],
-    weight_map: Mapping[str, str] | None,
-    report: Reporter,
-) -> list[str]:
-    """The safetensors files that make up the checkpoint, sorted."""
-    if weight_map is None:
-        if SINGLE in files:
-            return [SINGLE]
-        raise CheckpointError(f"{_at(source)}: {_why_no_weights(files)}")
-    shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if shard not in files]
-    if missing:
-        raise CheckpointError(
-            f"{_at(source)}: {len(missing)} of {len(shards)} shards that {INDEX} names are "
-            f"missing: {listing(missing)}\n  download them"
-        )
-    if SINGLE in files and SINGLE not in shards:
-        report.note(f"{_at(source)}: has {INDEX} and {SINGLE}; the index is used")
-    return shards
-
-
-def _why_no_weights(files: Mapping[str, int]) -> str:
-    """What there is in place of safetensors weights, and what to do about it."""
-    pickles = sorted(name for name in files if name.endswith(PICKLES))
-    if any(fnmatchcase(name, "consolidated.*.pth") for name in pickles):
-        return (
-            f"these are original Meta weights ({listing(pickles, 3)})\n"
-            "  use the model's repository in Hugging Face form, whose name ends in -hf"
-        )
-    if pickles:
-        return (
-            f"{listing(pickles, 3)} is a pickle, which can run code; it is not opened\n"
-            "  convert it to safetensors, or take a revision that has them"
-        )
-    others = sorted(name for name in files if name.endswith((".safetensors", ".gguf")))
-    return (
-        f"has neither {INDEX} nor {SINGLE}" + (f", only {listing(others, 3)}" if others else "")
-    ) + "\n  download the checkpoint again"
-
-
-def _place_tensors(
-    source: Source,
-    headers: Mapping[str, ShardHeader],
-    weight_map: Mapping[str, str] | None,
-    report: Reporter,
-) -> dict[str, str]:
-    """Tensor to shard, from headers and index compared in both directions."""
-    holders: dict[str, list[str]] = {}
-    for shard, header in headers.items():
-        for name in header.tensors:
-            holders.setdefault(name, []).append(shard)
-    if not holders:
-        raise CheckpointError(f"{_at(source)}: its shards hold no tensors\n  {DAMAGED}")
-    if weight_map is None:
-        return {name: shards[0] for name, shards in holders.items()}
-    _compare_names(source, holders, weight_map)
-    elsewhere = [name for name, shard in weight_map.items() if shard not in holders[name]]
-    unclear = [name for name in elsewhere if len(holders[name]) > 1]
-    if unclear:
-        raise CheckpointError(
-            f"{_at(source)}: in several shards, but not in the one that {INDEX} names: "
-            f"{listing(unclear)}\n  download the checkpoint again"
-        )
-    if elsewhere:
-        report.warn(
-            f"{_at(source)}: in another shard than {INDEX} says, read from where they are: "
-            f"{listing(elsewhere)}"
-        )
-    twice = [name for name, shards in holders.items() if len(shards) > 1]
-    if twice:
-        report.warn(
-            f"{_at(source)}: in two shards, read from the one that {INDEX} names: {listing(twice)}"
-        )
-    return {
-        name: shard if shard in holders[name] else holders[name][0]
-        for name, shard in weight_map.items()
-    }
-
-
-def _compare_names(
-    source: Source, holders: Mapping[str, Sequence[str]], weight_map: Mapping[str, str]
-) -> None:
-    """Refuse tensors that only the index or only a shard knows."""
-    missing = [name for name in weight_map if name not in holders]
-    unlisted = [name for name in holders if name not in weight_map]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} tensors of {INDEX} are in no shard: {listing(missing)}")
-    if unlisted:
-        problems.append(f"{len(unlisted)} tensors are not in {INDEX}: {listing(unlisted)}")
-    if problems:
-        raise CheckpointError(
-            "\n".join(f"{_at(source)}: {problem}" for problem in problems)
-            + "\n  index and shards are of different versions; download the checkpoint again"
-        )

@@ -19,8 +19,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from rilq.errors import OutputError
-from rilq.formats.checkpoint import INDEX, SINGLE
 from rilq.formats.durable import write_bytes
+from rilq.formats.index import INDEX, SINGLE
 from rilq.formats.shard import printable
 from rilq.progress import Reporter
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rilq.formats.durable import write_bytes
-from rilq.formats.shard import write_tensors
+from rilq.formats.shard_writer import write_tensors
 
 # A folder of its own: an adapter_config.json beside config.json would make transformers load the
 # adapter's base model instead of the checkpoint.

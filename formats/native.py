@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rilq.errors import CheckpointError
 from rilq.formats.packed_linear import RilqLinear, packed_linear
 from rilq.formats.packing import pack, unpack
-from rilq.formats.shard import TensorLayout
+from rilq.formats.shard_writer import TensorLayout
 from rilq.formats.spec import BITS, GROUP_SIZES, QuantizedLinear, QuantSpec
 
 __all__ = [

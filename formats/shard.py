@@ -1,4 +1,4 @@
-"""One safetensors file: its header checked before anything is allocated, tensors read or written.
+"""One safetensors file: its header checked before anything is allocated, its tensors read.
 
 The file is 8 bytes of header length (little-endian), that many bytes of JSON, and the bytes of the
 tensors without holes: https://huggingface.co/docs/safetensors/index#format
@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rilq.errors import CheckpointError
-from rilq.formats.durable import atomic_file
 
 HEADER_CAP = 100_000_000  # bytes; the cap of the reference implementation
 NAME_CAP = 1_000  # characters; the longest name seen in a published checkpoint is under 200
@@ -56,21 +55,7 @@ _CODES: dict[str, torch.dtype | None] = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-_RANK = {dtype: rank for rank, dtype in enumerate(_CODES.values()) if dtype is not None}
 CODE_OF: dict[torch.dtype, str] = {d: code for code, d in _CODES.items() if d is not None}
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """What a tensor looks like before it exists."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -112,6 +97,12 @@ def printable(text: str, limit: int = 120) -> str:
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit]
     )
     return shown if len(text) <= limit else f"{shown}... ({len(text)} characters)"
+
+
+def listing(names: Sequence[str], limit: int = 10) -> str:
+    """Up to `limit` names, fit for a terminal, and how many there are if that is not all."""
+    shown = ", ".join(printable(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
 
 
 def _fail(shard: str, problem: str, remedy: str = DAMAGED) -> NoReturn:
@@ -359,86 +350,3 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def tensor_hash(tensor: Tensor) -> str:
     """xxh3 (128 bits, hexadecimal) of a tensor's bytes; dtype and shape do not enter."""
     return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
-
-
-def _described(tensor: Tensor | TensorLayout) -> str:
-    return f"{CODE_OF.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}"
-
-
-def _header_bytes(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name, tensor in layout.items():
-        end = position + tensor.nbytes
-        entries[name] = {
-            "dtype": CODE_OF[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that the data begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text
-
-
-_HF_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers refuses a file without it
-
-
-def write_shard(
-    path: Path,
-    layout: Mapping[str, TensorLayout],
-    produce: Callable[[str], Tensor],
-    metadata: Mapping[str, str] = _HF_METADATA,
-) -> dict[str, str]:
-    """Durably write one safetensors file, with one tensor at a time in memory.
-
-    Tensors lie in the order of `layout`. Listed from the widest dtype to the narrowest, each begins
-    at a multiple of its element size, which some memory-mapping readers want.
-
-    Args:
-        path: where the file appears once it is whole.
-        layout: name to dtype and shape, in the order of the file.
-        produce: called once per name, in that order; returns the tensor, on any device.
-        metadata: the header's `__metadata__`.
-
-    Returns:
-        name to `tensor_hash`.
-
-    Raises:
-        CheckpointError: a name or shape that `parse_header` would refuse.
-        OutputError: the file cannot be written; nothing is left behind.
-        ValueError: `produce` returned something else than `layout` declares.
-    """
-    head = _header_bytes(layout, metadata)
-    size = len(head) + sum(tensor.nbytes for tensor in layout.values())
-    parse_header(head, size, path.name)  # never write what we would not read
-    hashes: dict[str, str] = {}
-    with atomic_file(path) as file:
-        file.write(head)
-        for name, declared in layout.items():
-            tensor = produce(name)
-            if tensor.dtype != declared.dtype or tuple(tensor.shape) != declared.shape:
-                raise ValueError(
-                    f"{path.name}: {name}: {_described(declared)} was declared, "
-                    f"{_described(tensor)} was produced"
-                )
-            content = raw_bytes(tensor)
-            hashes[name] = xxhash.xxh3_128_hexdigest(content)
-            file.write(content)
-            del tensor, content  # before the next one is produced
-    return hashes
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = _HF_METADATA
-) -> dict[str, str]:
-    """Durably write tensors that are in memory; same bytes as `safetensors.torch.save_file`.
-
-    The order is the reference implementation's: from the widest dtype down, then by name.
-
-    Returns:
-        name to `tensor_hash`.
-    """
-    order = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
-    layout = {n: TensorLayout(tensors[n].dtype, tuple(tensors[n].shape)) for n in order}
-    return write_shard(path, layout, tensors.__getitem__, metadata)

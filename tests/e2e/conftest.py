@@ -127,7 +127,7 @@ def _at(call: int, act: Callable[[], None]) -> None:
     """Have `act` called at the `call`-th commit point (from 1) of this child."""
     calls = itertools.count(1)
 
-    def reached(_point: str) -> None:
+    def reached(point: str) -> None:
         if next(calls) == call:
             act()
 
@@ -200,6 +200,7 @@ def quick(tiny_llama: Path, calib: Path) -> Callable[..., ConvertOptions]:
         steps=4,
         val_every=2,
         max_shard_size="40kB",
+        device="cpu",  # CUDA does not survive a fork
     )
 
     def options(folder: Path, **overrides: Any) -> ConvertOptions:
@@ -224,7 +225,7 @@ def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
     ) -> list[str]:
         quick = (
             "--group-size 32 --nsamples 12 --seqlen 32 --lr 1e-3 --steps 4 --val-every 2 "
-            "--max-shard-size 40kB"
+            "--max-shard-size 40kB --device cpu"
         )
         places = ["--dataset", str(dataset), "--output-dir", str(folder / "out")]
         return [command, str(model), *quick.split(), *places, *map(str, more)]

@@ -20,14 +20,9 @@ from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rilq.calib import dataset
-from rilq.calib.dataset import (
-    DataSource,
-    Rows,
-    calibration_rows,
-    evaluation_rows,
-    parse_source,
-)
+from rilq.calib import hub_stream, sources, texts
+from rilq.calib.dataset import Rows, calibration_rows, evaluation_rows
+from rilq.calib.sources import DataSource, parse_source
 from rilq.errors import DatasetError, OptionError
 
 Tok = PreTrainedTokenizerBase
@@ -136,8 +131,8 @@ def test_long_text_is_cut_where_tokens_end(
 ) -> None:
     source = _file(tmp_path, text.replace(". ", ".\n\n"))
     whole = evaluation_rows(source, tokenizer, seqlen=16)
-    monkeypatch.setattr(dataset, "_PIECE", 700)
-    pieces = list(dataset._pieces([text]))
+    monkeypatch.setattr(texts, "_PIECE", 700)
+    pieces = list(texts.pieces([text]))
     assert max(map(len, pieces)) <= 700 and "".join(pieces) == text
     assert evaluation_rows(source, tokenizer, seqlen=16).digest == whole.digest
 
@@ -147,14 +142,14 @@ def test_long_document_keeps_its_specials_at_both_ends(
 ) -> None:
     source = _lines(tmp_path, [{"text": text}, {"text": "the end."}])
     whole = evaluation_rows(source, special, seqlen=7)
-    monkeypatch.setattr(dataset, "_PIECE", 700)
+    monkeypatch.setattr(texts, "_PIECE", 700)
     assert evaluation_rows(source, special, seqlen=7).digest == whole.digest
     assert int((whole.tokens == 0).sum()) == 2, "one <s> for each document"
 
 
 def test_text_without_any_space_is_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_PIECE", 10)
-    assert [len(piece) for piece in dataset._pieces(["x" * 15, "x" * 10])] == [10, 10, 5]
+    monkeypatch.setattr(texts, "_PIECE", 10)
+    assert [len(piece) for piece in texts.pieces(["x" * 15, "x" * 10])] == [10, 10, 5]
 
 
 def test_text_longer_than_the_model_warns_nobody(
@@ -265,8 +260,8 @@ def test_calibration_reads_a_bounded_part_of_a_file(
     tmp_path: Path, tokenizer: Tok, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = _file(tmp_path, text.encode() * 100 + b"\xff")
-    monkeypatch.setattr(dataset, "_PIECE", 4000)
-    monkeypatch.setattr(dataset, "_CHUNK", 4000)
+    monkeypatch.setattr(texts, "_PIECE", 4000)
+    monkeypatch.setattr(sources, "_CHUNK", 4000)
     assert len(_calibrate(source, tokenizer).tokens) == 8  # never comes to the bad last byte
 
 
@@ -424,7 +419,7 @@ def test_file_without_text_is_named(
 def test_other_encoding_names_line_and_byte(
     tmp_path: Path, tokenizer: Tok, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "_CHUNK", chunk)
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
     source = _file(tmp_path, "first\r\nsécond\nthird ".encode() + "é!".encode("latin1"))
     with pytest.raises(DatasetError, match=r"a\.txt line 3: .*byte 0xe9 at offset 21\)"):
         _calibrate(source, tokenizer)
@@ -454,7 +449,7 @@ def test_record_without_text_names_the_line(
 def test_line_ends_and_byte_order_mark_change_nothing(
     tmp_path: Path, tokenizer: Tok, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "_CHUNK", 5)  # line ends and the mark fall across reads
+    monkeypatch.setattr(sources, "_CHUNK", 5)  # line ends and the mark fall across reads
     unix = text[:2000].replace(". ", ".\n")
     windows = b"\xef\xbb\xbf" + unix.replace("\n", "\r\n").encode()
     expected = evaluation_rows(_file(tmp_path, unix), tokenizer, seqlen=16).digest
@@ -502,7 +497,7 @@ def test_stream_that_falls_silent_is_given_up() -> None:
         yield 1
         silent.wait(30)
 
-    stream = dataset._patient(items(), seconds=0.1)
+    stream = hub_stream._patient(items(), seconds=0.1)
     assert next(stream) == 1
     with pytest.raises(TimeoutError, match="no answer"):
         next(stream)
@@ -516,7 +511,7 @@ def test_stream_gives_all_items_and_the_error_after_them() -> None:
 
     got = []
     with pytest.raises(ConnectionError, match="reset"):
-        for item in dataset._patient(items(), seconds=30):
+        for item in hub_stream._patient(items(), seconds=30):
             got.append(item)
     assert got == list(range(200))
 
@@ -574,7 +569,8 @@ class _Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import sys
 from transformers import AutoTokenizer
-from rilq.calib.dataset import DataSource, calibration_rows
+from rilq.calib.dataset import calibration_rows
+from rilq.calib.sources import DataSource
 from rilq.errors import DatasetError
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 rows = calibration_rows([DataSource("c4")], tokenizer, nsamples=8, seqlen=16, seed=0)

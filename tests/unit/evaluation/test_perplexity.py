@@ -25,10 +25,11 @@ from rilq.evaluation import forward
 from rilq.evaluation.divergence import DivergenceSum
 from rilq.evaluation.lora import find_adapter
 from rilq.evaluation.perplexity import Evaluation, evaluate
-from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint, LocalFolder
+from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
 from rilq.formats.native import RilqConfig, native_tensors
-from rilq.formats.shard import write_tensors
+from rilq.formats.shard_writer import write_tensors
+from rilq.formats.source import LocalFolder
 from rilq.formats.writer import write_config
 from rilq.progress import SilentReporter
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rilq.errors import CheckpointError, NonFiniteError
-from rilq.formats.checkpoint import Checkpoint, LocalFolder, listing, scan_tensor
-from rilq.formats.shard import tensor_hash
+from rilq.formats.checkpoint import Checkpoint, scan_tensor
+from rilq.formats.shard import listing, tensor_hash
+from rilq.formats.source import LocalFolder
 from rilq.progress import SilentReporter
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

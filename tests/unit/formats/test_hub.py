@@ -21,9 +21,10 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import save
 
 from rilq.errors import CheckpointError, HubError, OptionError, OutputError
-from rilq.formats.checkpoint import Checkpoint, LocalFolder
+from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import FIRST_BYTES, HubRepository, open_source
 from rilq.formats.hub_requests import Patience
+from rilq.formats.source import LocalFolder
 from rilq.progress import SilentReporter
 
 REPO = "org/model"

@@ -21,7 +21,6 @@ from rilq.errors import CheckpointError
 from rilq.formats.shard import (
     HEADER_CAP,
     TensorInfo,
-    TensorLayout,
     header_length,
     parse_header,
     printable,
@@ -30,9 +29,8 @@ from rilq.formats.shard import (
     read_header,
     read_tensors,
     tensor_hash,
-    write_shard,
-    write_tensors,
 )
+from rilq.formats.shard_writer import TensorLayout, write_shard, write_tensors
 
 
 def entry(
