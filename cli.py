@@ -471,6 +471,9 @@ def _reporting(quiet: bool, log_file: Path | None) -> Iterator[Reporter]:
 def main() -> None:
     """Entry point of the `rilq` command."""
     _open_closed_streams()
+    # OpenMP's threads spin by default while they wait for each other: with one other busy process
+    # on two cores, streaming then took 16 times as long. Read when torch is loaded, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 

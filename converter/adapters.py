@@ -7,14 +7,13 @@ addition to the groups' minima, which the format stores: it merges without a los
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-AdapterKind = Literal["pooled", "lora"]
+from rilq.converter.options import AdapterKind
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""What a user can ask of a conversion, checked before anything else happens."""
+"""What a user can ask of a conversion, checked before anything else happens.
+
+Imports no torch, so that a wrong option is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rilq.converter.adapters import AdapterKind
-from rilq.converter.quantizers import QUANTIZERS
-from rilq.converter.student import Tier
 from rilq.errors import OptionError
 from rilq.formats.spec import BITS, GROUP_SIZES, QuantSpec
+
+AdapterKind = Literal["pooled", "lora"]
+Clip = Literal["none", "search"]
+Tier = Literal["dense", "packed"]
+QUANTIZERS = ("rtn", "gptq")
 
 DEFAULT_ROWS = 320  # rows of the paper's calibration set
 DEFAULT_SEQLEN = 512
@@ -31,7 +36,7 @@ class ConvertOptions:
     bits: int = 2
     group_size: int = 64
     quantizer: str = "gptq"
-    clip: Literal["none", "search"] | None = None
+    clip: Clip | None = None
     zero_point: Literal["real", "integer"] = "real"
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()

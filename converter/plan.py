@@ -17,8 +17,7 @@ import torch
 from rilq.converter.adapters import AdapterSpec, learning_rate, parameter_count
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, volume_of
-from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions, matches
-from rilq.converter.student import Tier
+from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions, Tier, matches
 from rilq.errors import OptionError, OutputError
 from rilq.formats.native import RilqConfig
 from rilq.formats.spec import GROUP_SIZES, QuantSpec

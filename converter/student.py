@@ -6,7 +6,6 @@ dequantizes in every forward and backward pass. Their losses and gradients agree
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,8 @@ from transformers import PretrainedConfig
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.architecture import build_skeleton, decoder_layers
 from rilq.converter.layers import place_buffers, place_tensor
+from rilq.converter.options import Tier
 from rilq.formats.native import RilqConfig, RilqLinear
-
-Tier = Literal["dense", "packed"]
 
 
 class AdaptedLinear(nn.Module):

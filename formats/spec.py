@@ -1,9 +1,12 @@
 """The nouns of quantization: how a linear is to be quantized, and a linear that has been."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)

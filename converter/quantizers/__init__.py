@@ -8,15 +8,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rilq.converter.options import QUANTIZERS, Clip
 from rilq.converter.quantizers.gptq import GptqQuantizer
-from rilq.converter.quantizers.grid import Clip
 from rilq.converter.quantizers.rtn import RtnQuantizer
 from rilq.errors import OptionError
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
 __all__ = ["QUANTIZERS", "Clip", "Quantizer", "build_quantizer"]
-
-QUANTIZERS = ("rtn", "gptq")
 
 
 class Quantizer(Protocol):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rilq.converter.options import Clip
 from rilq.converter.quantizers.grid import (
     LARGEST_WEIGHT,
-    Clip,
     as_groups,
     minmax_grid,
     nearest_codes,

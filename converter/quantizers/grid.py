@@ -7,15 +7,12 @@ finite; see `_grid_of_range`.
 """
 
 from collections.abc import Iterator
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rilq.errors import InputError, NonFiniteError
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
-
-Clip: TypeAlias = Literal["none", "search"]
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST_SCALE = 65504.0  # the largest float16

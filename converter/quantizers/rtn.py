@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rilq.converter.quantizers.grid import Clip, as_groups, encode, minmax_grid, search_grid
+from rilq.converter.options import Clip
+from rilq.converter.quantizers.grid import as_groups, encode, minmax_grid, search_grid
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
 
