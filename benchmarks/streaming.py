@@ -107,22 +107,32 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
 # -- memory and bytes ------------------------------------------------------------------------------
 
 
-def peak_of(command: list[str]) -> tuple[int, str]:
-    """Peak resident bytes of a process, and its standard output."""
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
-    return usage.ru_maxrss * 1024, text
+# VmHWM counts from exec on; ru_maxrss would start from the parent's own size.
+PEAK = """
+import sys
+from pathlib import Path
+where, sys.argv = Path(sys.argv[1]), ["rilq", *sys.argv[2:]]
+try:
+    from rilq import cli
+    import rilq.converter.pipeline
+    sys.argv[1:] and cli.main()
+finally:
+    status = Path("/proc/self/status").read_text()
+    where.write_text(status.partition("VmHWM:")[2].split()[0])
+"""
+
+
+def peak_of(arguments: list[str]) -> tuple[int, str]:
+    """Peak resident bytes of `rilq ARGUMENTS` (of its imports if none), and its output."""
+    with tempfile.NamedTemporaryFile() as peak:
+        command = [sys.executable, "-c", PEAK, peak.name, *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return int(Path(peak.name).read_text()) * 1024, done.stdout
 
 
 def measure_memory(folder: Path, eight: Path, deep: Path) -> dict[str, float]:
     """Peak above an interpreter that has imported everything, for both depths; bytes read."""
-    own, _ = peak_of([sys.executable, "-c", "import rilq.cli, rilq.converter.pipeline"])
+    own, _ = peak_of([])
     peaks, read = {}, {}
     for path in (eight, deep):
         begun = time.perf_counter()
@@ -150,9 +160,9 @@ def measure_memory(folder: Path, eight: Path, deep: Path) -> dict[str, float]:
 
 
 def convert_command(model: Path, out: Path, text: Path) -> list[str]:
-    """The command whose memory is measured."""
+    """The arguments of the command whose memory is measured."""
     return [
-        *(sys.executable, "-m", "rilq", "convert", str(model)),
+        *("convert", str(model)),
         *("--quantizer", "gptq", "--rank", "0", "--dataset", str(text)),
         *("--nsamples", str(ROWS), "--seqlen", str(SEQLEN), "-o", str(out)),
         *("--quiet", "--json", "--keep-work", "--resume", "never"),

@@ -123,23 +123,27 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     Raises:
         RilqError: the Hessian is not finite, or not positive definite at the largest damping.
     """
-    identity = torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
-    if not bool(torch.isfinite(hessian).all()):
+    # Of the widest linear this matrix is the largest thing in memory: at most four are alive.
+    extremes = torch.stack(torch.aminmax(hessian))
+    if not bool(torch.isfinite(extremes).all()):
         raise RilqError(
             f"Hessian {list(hessian.shape)}: expected finite sums, found NaN or infinity\n"
             "  the layer's inputs overflow; try --dtype float32 or bfloat16"
         )
     mean = float(hessian.diagonal().mean(dtype=torch.float64))
     if mean == 0:
-        return identity
+        return torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
     # Scaled to a mean diagonal of 1, so that sums of any size stay within float32.
-    backward = (hessian / abs(mean)).flip(0, 1)
+    backward = hessian.flip(0, 1).div_(abs(mean))
+    diagonal = backward.diagonal().clone()
     while damping <= LARGEST_DAMPING:
-        damped = backward.clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        backward.diagonal().copy_(diagonal + damping)
+        factor, failed = torch.linalg.cholesky_ex(backward)
         if not int(failed):
+            del backward
             upper = factor.flip(0, 1)  # H = upper @ upper.T
+            del factor
+            identity = torch.eye(len(upper), dtype=torch.float32, device=upper.device)
             inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
             return inverse
         damping *= 10
