@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Machine:
         host_free: bytes of host memory that can still be had.
         device_free: bytes of device memory free; None on a CPU, where host memory is meant.
         flops: floating-point operations per second of one matrix product, measured.
+        bandwidth: bytes per second that one elementwise operation reads and writes, measured.
         name: for people.
     """
 
@@ -34,6 +36,7 @@ class Machine:
     host_free: int
     device_free: int | None
     flops: float
+    bandwidth: float
     name: str
 
 
@@ -57,10 +60,14 @@ def measure_machine(device: str) -> Machine:
     host_free = psutil.virtual_memory().available
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
-        name = torch.cuda.get_device_name(where)
-        return Machine(where, torch.bfloat16, host_free, free, _flops(where, torch.bfloat16), name)
-    name = f"CPU, {torch.get_num_threads()} threads"
-    return Machine(where, torch.float32, host_free, None, _flops(where, torch.float32), name)
+        name, dtype = torch.cuda.get_device_name(where), torch.bfloat16
+    else:
+        free, dtype = None, torch.float32
+        name = f"CPU, {torch.get_num_threads()} threads"
+    left = torch.ones(1024, 1024, device=where, dtype=dtype)
+    flops = 2 * 1024**3 / _seconds(lambda: left @ left, where)
+    bandwidth = 2 * left.nbytes / _seconds(lambda: left + 1, where)
+    return Machine(where, dtype, host_free, free, flops, bandwidth, name)
 
 
 def _settle_vector_functions() -> None:
@@ -75,16 +82,16 @@ def _settle_vector_functions() -> None:
         function(few)
 
 
-def _flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    left = torch.ones(size, size, device=device, dtype=dtype)
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The least time of a few calls; the first one pays for initialisation."""
     best = float("inf")
-    for _ in range(4):  # the first run pays for initialisation
+    for _ in range(4):
         start = time.perf_counter()
-        left @ left
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return best
 
 
 def return_free_memory() -> None:

@@ -417,17 +417,23 @@ def _disks(options: ConvertOptions, work: int, output: int) -> tuple[Disk, ...]:
 def _time(
     sizes: _Sizes, options: ConvertOptions, machine: Machine, validation: int, rows: int
 ) -> tuple[float, str]:
-    weights = sizes.layers * sizes.layer_values
-    head = sizes.vocabulary * sizes.hidden
-    passes = 2 + (2 if sizes.hessians else 0)  # teacher, student; collecting per group of linears
-    stream = 2.0 * weights * rows * sizes.seqlen * passes
+    """Matrix products, and what lies between them, each at the speed measured for it."""
+    weights, tokens = sizes.layers * sizes.layer_values, rows * sizes.seqlen
+    passes = 2 + (2.5 if sizes.hessians else 0)  # teacher, student; partial ones for Hessians
     validations = options.steps // options.val_every + 2
-    trained = options.steps * options.batch_size * 3 + validations * validation
-    train = 2.0 * (weights + head) * sizes.seqlen * trained if options.rank else 0.0
-    gptq = 2.0 * sizes.quantized_weights * sizes.widest_input if sizes.hessians else 0.0
-    seconds = (stream + train + gptq) / (machine.flops * 0.5)
+    trained = (options.steps * options.batch_size * 3 + validations * validation) * sizes.seqlen
+    trained = trained if options.rank else 0
+    attention = 4.0 * sizes.layers * sizes.seqlen * sizes.hidden  # per token, both products
+    flops = (2.0 * weights + attention) * (tokens * passes + trained)
+    flops += 2.0 * sizes.vocabulary * sizes.hidden * trained
+    flops += 2.0 * sizes.quantized_weights * sizes.widest_input if sizes.hessians else 0.0
+    # Norms, rotary embeddings, activations, residuals, adapters: so many reads and writes.
+    between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
+    moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
+    seconds = flops / machine.flops + moved / machine.bandwidth
     basis = (
-        f"{(stream + train + gptq) / 1e12:.3g} TFLOP at half of the {machine.flops / 1e9:.0f} "
-        f"GFLOP/s that one matrix product reached here ({machine.name}); reading not counted"
+        f"{flops / 1e12:.3g} TFLOP at {machine.flops / 1e9:.0f} GFLOP/s and {moved / 1e9:.3g} GB "
+        f"moved at {machine.bandwidth / 1e9:.1f} GB/s, as measured just now ({machine.name}); "
+        "reading not counted"
     )
     return seconds, basis

@@ -1,0 +1,50 @@
+"""The same work on a CUDA device; skipped where there is none."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rilq.converter.quantizers import build_quantizer
+from rilq.formats.native import native_tensors
+from rilq.formats.packed_linear import packed_linear
+from rilq.formats.spec import QuantSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_linear_and_its_gradient_are_those_of_the_cpu(bits: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(*size, generator=draw) for size in ((48, 128), (5, 128)))
+    native = native_tensors("x", build_quantizer("rtn").quantize(weight, QuantSpec(bits, 64)))
+    results = []
+    for device in ("cpu", "cuda"):
+        words, scale, zero = (t.to(device) for t in native.values())
+        leaf = x.to(device, copy=True).requires_grad_()
+        out = packed_linear(leaf, words, scale, zero, None, bits)
+        out.square().sum().backward()
+        results.append((out.detach().cpu(), leaf.grad.cpu()))
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+def test_conversion_on_the_gpu_comes_close_to_that_on_the_cpu(
+    tmp_path: Path, arguments: Callable[..., list[str]]
+) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        (tmp_path / device).mkdir()
+        words = arguments(tmp_path / device, "--device", device, "--dtype", "float32", "--json")
+        done = subprocess.run(
+            [sys.executable, "-m", "rilq", *words], capture_output=True, text=True, check=True
+        )
+        losses[device] = json.loads(done.stdout)["quality"]["validation_loss_merged"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
