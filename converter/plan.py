@@ -22,7 +22,7 @@ from rilq.errors import OptionError, OutputError
 from rilq.formats.native import RilqConfig
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 
-STREAM_TOKENS = 2048  # tokens that run through a layer at once; more gains nothing on a CPU
+STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
 FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
 
 
