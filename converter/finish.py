@@ -125,7 +125,8 @@ def write_output(
         work.drop("shards")
         done = set()
         for folder in elsewhere:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.name.endswith(f".{work.run_id}.staging"):  # surely ours
+                shutil.rmtree(folder, ignore_errors=True)
     report.stage("write", len(shards), "shard")
     for count, (name, members) in enumerate(zip(names, shards, strict=True), start=1):
         if name not in done:
