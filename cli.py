@@ -429,20 +429,28 @@ def _user_errors() -> Iterator[None]:
 def _stoppable(where: str) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise `Interrupted` once; a second one ends the process.
 
-    One that is ignored, as SIGHUP is under nohup, stays ignored.
+    One that is ignored, as SIGHUP is under nohup, stays ignored. A library that answers a stop in
+    its native code with an error of its own (safetensors does) is not believed.
     """
+    stopped: Interrupted | None = None
 
     def stop(number: int, _frame: "FrameType | None") -> None:
+        nonlocal stopped
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
-        raise Interrupted(f"stopped by {name}; {where}: run the same command again to continue")
+        stopped = Interrupted(f"stopped by {name}; {where}: run the same command again to continue")
+        raise stopped
 
     wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     signals = [each for each in wanted if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, stop) for each in signals}
     try:
         yield
+    except Exception as err:
+        if stopped:
+            raise stopped from err
+        raise
     finally:
         for each, handler in before.items():
             if signal.getsignal(each) is stop:  # no signal came; else a second one still ends it

@@ -278,6 +278,18 @@ def test_a_second_signal_ends_the_process_at_once(name: str, in_child: Any) -> N
     assert in_child(body).code == -number  # 130 and 143 in a shell
 
 
+def test_a_stop_that_a_library_turns_into_an_error_is_still_a_stop(in_child: Any) -> None:
+    def body() -> None:
+        with pytest.raises(Interrupted, match="SIGTERM"), cli._stoppable("nothing was kept"):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            except Interrupted:
+                raise ValueError("could not determine the shape of object type") from None
+
+    assert in_child(body).code == 0
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(in_child: Any) -> None:
     def body() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
