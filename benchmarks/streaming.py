@@ -36,6 +36,7 @@ from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.layers import StreamedModel
+from rilq.converter.plan import STREAM_TOKENS
 from rilq.converter.student import Student
 from rilq.converter.train import rilq_loss
 from rilq.converter.workdir import WorkDir
@@ -44,7 +45,8 @@ from rilq.formats.native import RilqConfig
 from rilq.formats.source import LocalFolder
 
 SEED = 0
-ROWS, SEQLEN, BATCH = 16, 256, 16
+ROWS, SEQLEN = 16, 256
+BATCH = STREAM_TOKENS // SEQLEN  # as `convert` does it
 STEP_ROWS, STEP_TOKENS, STEPS = 2, 128, 10
 CPU = torch.device("cpu")
 

@@ -103,7 +103,7 @@ class StreamedModel:
     # -- weights in and out ----------------------------------------------------------------------
 
     def load_outer(self, tensors: dict[str, Tensor]) -> None:
-        """Put embedding, final norm and head on the device; they stay.
+        """Put embedding, final norm and head on the device; they stay until dropped.
 
         Raises:
             CheckpointError: a head is stored that is not the embedding it is said to be tied to.
@@ -139,6 +139,11 @@ class StreamedModel:
             yield self.layers[index]
         finally:
             self.layers[index].to("meta")
+
+    def drop_embeddings(self) -> None:
+        """Free the embedding and the head: layers and final norm run without them."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):  # type: ignore[operator]
+            module.to("meta")
 
     def unload(self) -> None:
         """Drop every weight; the model can be asked about, but not run."""

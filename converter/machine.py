@@ -6,8 +6,8 @@ import ctypes
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,10 +94,24 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def return_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it in a heap that fragments and grows."""
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """Inside, glibc gives blocks of 4 MiB and more back to the system as soon as they are freed.
+
+    By default it keeps freed blocks of up to 32 MiB in a heap that fragments and grows with every
+    layer (measured by benchmarks/streaming.py; figures in docs/log.md). It costs the pass 3 % of its
+    time; training, which frees as much in every step, would lose 11 %.
+    """
+    _set_mmap_threshold(4 << 20)
+    try:
+        yield
+    finally:
+        _set_mmap_threshold(32 << 20)  # as far as glibc raises it by itself
+
+
+def _set_mmap_threshold(nbytes: int) -> None:
     with suppress(OSError, AttributeError):  # another C library has no such function
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        ctypes.CDLL(None).mallopt(-3, nbytes)  # M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)

@@ -270,12 +270,16 @@ class _Sizes:
         return rows * self.seqlen * (10 * self.hidden + 4 * self.intermediate) * item
 
     def stream_bytes(self, item: int, choices: Choices) -> int:
-        """Full-precision layer as stored and as computed, quantizer's copies, one batch."""
+        """Full-precision layer as stored and as computed, quantizer's copies, one batch.
+
+        Embedding and head are dropped before the first layer comes.
+        """
         layer = self.layer_bytes + self.layer_values * item
         quantizer = 8 * 4 * self.largest_linear
         hessian = 4 * 4 * self.widest_input**2 if self.hessians else 0
-        outer = self.outer_values * item
-        return layer + quantizer + hessian + outer + 2 * self.activations(choices.batch_rows, item)
+        outer = self.outer_bytes + self.outer_values * item
+        batch = 2 * self.activations(choices.batch_rows, item)
+        return max(outer, layer + quantizer + hessian + batch)
 
     def train_bytes(self, item: int, choices: Choices) -> int:
         """Weights, adapters with Adam and the best copy, checkpointed activations, logits."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.calib.statistics import HessianSum
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
-from rilq.converter.machine import return_free_memory
+from rilq.converter.machine import large_blocks_returned
 from rilq.converter.quantizers import Quantizer
 from rilq.converter.workdir import WorkDir
 from rilq.errors import CheckpointError
@@ -69,6 +69,7 @@ class StreamingPass:
         self.shape = (*tokens.shape, streamed.config.hidden_size)
 
     @torch.no_grad()
+    @large_blocks_returned()
     def run(self, *, targets: bool) -> None:
         """Do what is not done yet; with `targets`, also the teacher's final hidden states."""
         self._outer()
@@ -81,6 +82,7 @@ class StreamingPass:
         if done == 0:
             self._embedding()
             done = 1
+        self.streamed.drop_embeddings()
         self.report.step(done - 1)
         for index in range(done - 1, count):
             error = self._layer(index)
@@ -115,7 +117,6 @@ class StreamingPass:
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
-            return_free_memory()
             saved = self._quantize(index, tensors, student)
             path = self.work.file(f"layer-{index:04d}.safetensors")
             write_tensors(path, saved)
@@ -123,7 +124,6 @@ class StreamingPass:
             student_digest, error = self._propagate_compared(
                 index, student, next_student, self._store(next_teacher)
             )
-        return_free_memory()
         self.work.commit(
             "layers",
             f"layer {index}",
@@ -163,7 +163,6 @@ class StreamingPass:
                 )
                 _assign(linears[name], native, name, spec)
                 saved |= {n: t.cpu() for n, t in native.items()}
-            return_free_memory()
         return saved
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
@@ -171,7 +170,6 @@ class StreamingPass:
         for _, batch in student.batches(self.options.batch_rows):
             hidden = batch.to(self.streamed.device)
             total.add(linear_input(self.streamed, index, linear, hidden))
-        return_free_memory()
         return total.value()
 
     def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
