@@ -69,3 +69,13 @@ class Interrupted(KeyboardInterrupt):
     """
 
     exit_code = 75
+
+
+def one_line(err: BaseException) -> str:
+    """Kind and text of another library's error, fit for the middle of a message.
+
+    All of its lines: transformers tells the reason in the second or third.
+    """
+    text = " ".join(str(err).split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:400])
+    return f"{type(err).__name__}: {shown}" if shown else type(err).__name__

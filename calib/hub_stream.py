@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rilq.calib.texts import Record, one_line
-from rilq.errors import DatasetError
+from rilq.calib.texts import Record
+from rilq.errors import DatasetError, one_line
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ import torch
 import xxhash
 
 from rilq.calib.hub_stream import HubSet, find_commit, hub_records
-from rilq.calib.texts import Record, Text, joined, one_line, pieces, record_texts, shuffled
-from rilq.errors import DatasetError, OptionError
+from rilq.calib.texts import Record, Text, joined, pieces, record_texts, shuffled
+from rilq.errors import DatasetError, OptionError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rilq.errors import DatasetError
+from rilq.errors import DatasetError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,11 +77,6 @@ def _render(messages: list[Any], tokenizer: "PreTrainedTokenizerBase", where: st
             f"{where}: the chat template refuses these messages: {one_line(err)}\n"
             "  mend or drop this record"
         ) from err
-
-
-def one_line(err: BaseException) -> str:
-    """What an error of another library says, short enough for the middle of a message."""
-    return (" ".join(str(err).split()) or type(err).__name__)[:200]
 
 
 def joined(texts: Iterable[Text]) -> Iterator[Text]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rilq.errors import CheckpointError
+from rilq.errors import CheckpointError, one_line
 from rilq.formats.checkpoint import Checkpoint
 
 _ANY_OF = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -25,9 +25,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as err:  # tokenizers raises bare Exception
-        first = (str(err).strip().splitlines() or [type(err).__name__])[0]
         raise CheckpointError(
-            f"{checkpoint.source.label}: the tokenizer cannot be loaded: {first}\n"
+            f"{checkpoint.source.label}: the tokenizer cannot be loaded: {one_line(err)}\n"
             "  check tokenizer.json and tokenizer_config.json, or download them again"
         ) from err
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rilq.errors import CheckpointError, UnsupportedArchitectureError
+from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig, replace_linears
 from rilq.formats.shard import printable
@@ -80,7 +80,7 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
             {key: value for key, value in raw.items() if _of_model(key, value)}
         )
     except Exception as err:  # transformers validates with many exception types
-        raise CheckpointError(f"{where}: {_one_line(err)}\n  correct config.json") from err
+        raise CheckpointError(f"{where}: {one_line(err)}\n  correct config.json") from err
 
 
 def _of_model(key: str, value: Any) -> bool:
@@ -155,7 +155,7 @@ def build_skeleton(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as err:
         raise CheckpointError(
-            f"config.json: transformers cannot build this model: {_one_line(err)}\n"
+            f"config.json: transformers cannot build this model: {one_line(err)}\n"
             "  check the sizes, hidden_act, rope_parameters and pad_token_id"
         ) from err
     if quantization is not None:
@@ -184,9 +184,3 @@ def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.
             f"layers, found {len(lists)}"
         )
     return lists[0]
-
-
-def _one_line(err: BaseException) -> str:
-    """The error's kind and text; transformers tells the reason in the second or third line."""
-    text = " ".join(str(err).split())
-    return printable(f"{type(err).__name__}: {text}", 400)

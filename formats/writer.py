@@ -19,9 +19,8 @@ import torch
 
 from rilq.errors import CheckpointError, OptionError, OutputError
 from rilq.formats.durable import atomic_file, current_umask, sync_folder, write_bytes
+from rilq.formats.index import INDEX
 from rilq.formats.native import RilqConfig
-
-INDEX_NAME = "model.safetensors.index.json"
 
 _UNITS = {"B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -81,7 +80,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
     """Durably write the index of a checkpoint with several shards.
 
     Args:
-        folder: where it goes, as `INDEX_NAME`.
+        folder: where it goes, as `INDEX`.
         weight_map: tensor name to shard name.
         total_size: bytes of all tensors.
     """
@@ -89,7 +88,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
         "metadata": {"total_size": total_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    _write_json(folder / INDEX_NAME, content)
+    _write_json(folder / INDEX, content)
 
 
 def write_config(
