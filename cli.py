@@ -209,7 +209,10 @@ def convert(
     log_file: LogFile = None,
 ) -> None:
     """Convert a checkpoint to 2 bits; run it again to continue a stopped job."""
-    with _stoppable(f"state is in {options.work}"), _reporting(quiet, log_file) as report:
+    with (
+        _stoppable(f"state is in {options.work}"),
+        _reporting(quiet, log_file, options.work) as report,
+    ):
         from rilq.converter import pipeline
 
         job = pipeline.prepare(options, report)
@@ -458,21 +461,24 @@ def _stoppable(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(quiet: bool, log_file: Path | None) -> Iterator[Reporter]:
-    """The reporter for where standard error goes, and one more for a log file."""
+def _reporting(quiet: bool, log_file: Path | None, folder: Path = Path()) -> Iterator[Reporter]:
+    """The reporter for where standard error goes, and one more for a log file.
+
+    Free disk space is shown for the volume of `folder`.
+    """
     with ExitStack() as stack:
         reporters: list[Reporter] = []
         if sys.stderr.isatty() and not quiet:
             console = Console(stderr=True)
-            reporters.append(stack.enter_context(RichReporter(console)))
+            reporters.append(stack.enter_context(RichReporter(console, folder)))
         else:
-            reporters.append(LogReporter(sys.stderr, quiet=quiet))
+            reporters.append(LogReporter(sys.stderr, folder=folder, quiet=quiet))
         if log_file is not None:
             try:
                 stream = stack.enter_context(log_file.open("a", encoding="utf-8"))
             except OSError as err:
                 raise InputError(f"--log-file {log_file}: {err.strerror or err}") from err
-            reporters.append(LogReporter(stream))
+            reporters.append(LogReporter(stream, folder=folder))
         yield Reporters(*reporters)
 
 

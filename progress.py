@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -46,11 +48,20 @@ class LogReporter:
 
     Args:
         stream: where the lines go.
+        folder: on the volume whose free space is shown.
         quiet: leave out everything but warnings.
     """
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, interval: float = 5.0) -> None:
-        self.stream, self.quiet, self.interval = stream, quiet, interval
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        folder: Path = Path(),
+        quiet: bool = False,
+        interval: float = 5.0,
+    ) -> None:
+        self.stream, self.folder = stream, folder
+        self.quiet, self.interval = quiet, interval
         self._name, self._total, self._unit = "", 0, ""
         self._begun = self._last = 0.0
         self._first: int | None = None
@@ -75,7 +86,7 @@ class LogReporter:
         self._line(
             f"{self._name}: {self._unit} {done}/{self._total}{shown}, "
             + (f"about {left:.0f} s left, " if left is not None and done < self._total else "")
-            + usage()
+            + usage(self.folder)
         )
 
     def note(self, message: str) -> None:
@@ -90,13 +101,18 @@ class LogReporter:
 
 
 class RichReporter:
-    """A live display for terminals: stage, bar, figures, ETA, memory and disk."""
+    """A live display for terminals: stage, bar, figures, ETA, memory and disk.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: the terminal.
+        folder: on the volume whose free space is shown.
+    """
+
+    def __init__(self, console: Console, folder: Path = Path()) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        self.console = console
+        self.console, self.folder = console, folder
         self._progress: Progress = RichProgress(
             TextColumn("{task.description:>9}"),
             BarColumn(bar_width=24),
@@ -116,13 +132,15 @@ class RichReporter:
         self._progress.stop()
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
-        self._task = self._progress.add_task(name, total=total, figures="", usage=usage())
+        self._task = self._progress.add_task(
+            name, total=total, figures="", usage=usage(self.folder)
+        )
 
     def step(self, done: int, **figures: Figure) -> None:
         if self._task is None:
             return
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())
-        self._progress.update(self._task, completed=done, figures=shown, usage=usage())
+        self._progress.update(self._task, completed=done, figures=shown, usage=usage(self.folder))
 
     def note(self, message: str) -> None:
         self._progress.console.print(message, highlight=False, markup=False)
@@ -154,12 +172,19 @@ class Reporters:
             reporter.warn(message)
 
 
-def usage(folder: Path = Path()) -> str:
-    """Resident memory of this process and free space on the volume of `folder`, for people."""
-    import shutil
+def usage(folder: Path) -> str:
+    """Resident memory of this process, memory it holds on a GPU, and free space, for people.
 
+    Args:
+        folder: on the volume that is meant; it need not exist yet.
+    """
     import psutil
 
+    place = folder.absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
     resident = psutil.Process().memory_info().rss
-    free = shutil.disk_usage(folder).free
-    return f"{resident / 1e9:.2f} GB used, {free / 1e9:.0f} GB disk free"
+    shown = f"{resident / 1e9:.2f} GB used, "
+    torch = sys.modules.get("torch")  # never imported for this
+    if torch is not None and torch.cuda.is_initialized():
+        shown += f"{torch.cuda.memory_reserved() / 1e9:.1f} GB on the GPU, "
+    return shown + f"{shutil.disk_usage(existing).free / 1e9:.0f} GB disk free"
