@@ -256,6 +256,10 @@ class _Conversion:
             # NaN, of adapters that came to nothing, has no place in JSON.
             "history": [(s, v if isfinite(v) else None) for s, v in trainer.progress.history],
         }
+        self.report.note(
+            f"trained: validation loss {facts['validation_loss_before']:.4f} before, "
+            f"{facts['validation_loss']:.4f} after step {facts['best_step']}"
+        )
         path = self.work.file("adapters.safetensors")
         best = dict(trainer.best)
         write_tensors(path, best)

@@ -375,7 +375,8 @@ def _check_job(path: Path, job: Mapping[str, Any], fingerprint: Mapping[str, Any
         raise WorkDirError(
             f"{path}: belongs to another job:\n  "
             + "\n  ".join(differences)
-            + "\n  pass the original options to resume, or --work-dir with a new folder"
+            + "\n  pass the original options to resume, --resume never to begin anew, or another "
+            "--work-dir"
         )
 
 

@@ -557,6 +557,18 @@ def test_code_in_a_checkpoint_that_does_not_need_it_is_never_run(
     assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_states_that_overflow_name_layer_row_and_dtype_and_a_wider_one_begins_anew(
+    model: Path, tmp_path: Path, run_cli: Any, arguments: Any
+) -> None:
+    for name in (UP_PROJ, UP_PROJ.replace("up_proj", "down_proj")):
+        edit_tensors(model, name, lambda tensors, name=name: tensors[name].mul_(3000))
+    command = arguments(tmp_path, *PLAIN, model=model)
+    ended = run_cli(*command, "--dtype", "float16")
+    check_refused(ended, "decoder layer 1: activations of row 0", "--dtype bfloat16", code=1)
+    check_refused(run_cli(*command), "--dtype: 'float16' there, 'float32' now", "--resume never")
+    assert run_cli(*command, "--resume", "never").code == 0
+
+
 def test_no_question_is_asked_on_standard_input(
     model: Path, tmp_path: Path, run_cli: Any, arguments: Any
 ) -> None:
