@@ -6,7 +6,8 @@ run the student with it, commit. A packing fault thus shows at layer 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.calib.statistics import HessianSum
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
-from rilq.converter.machine import large_blocks_returned
+from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.quantizers import Quantizer
 from rilq.converter.workdir import WorkDir
-from rilq.errors import CheckpointError
+from rilq.errors import CheckpointError, RilqError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
 from rilq.formats.packing import dequantize_packed
@@ -117,13 +118,13 @@ class StreamingPass:
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
-            saved = self._quantize(index, tensors, student)
             path = self.work.file(f"layer-{index:04d}.safetensors")
-            write_tensors(path, saved)
+            write_tensors(path, self._quantize(index, tensors, student))
             self._use_saved(index, load_file(path))
             student_digest, error = self._propagate_compared(
                 index, student, next_student, self._store(next_teacher)
             )
+        return_free_memory()
         self.work.commit(
             "layers",
             f"layer {index}",
@@ -151,18 +152,22 @@ class StreamingPass:
             return saved
         probe = student.read(0, 1).to(self.streamed.device)
         for group in input_groups(self.streamed, index, linears, probe):
-            hessian = None
+            prepared = None
             if self.options.quantizer.needs_hessian:
                 hessian = self._hessian(index, linears[group[0]], student)
+                with _named(group[0]):
+                    prepared = self.options.quantizer.prepare(hessian)
+                del hessian
             for name in group:
                 spec = self.options.spec_for(name)
                 assert spec is not None, name
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
-                native = native_tensors(
-                    name, self.options.quantizer.quantize(weight, spec, hessian)
-                )
+                with _named(name):
+                    quantized = self.options.quantizer.quantize(weight, spec, prepared)
+                native = native_tensors(name, quantized)
                 _assign(linears[name], native, name, spec)
                 saved |= {n: t.cpu() for n, t in native.items()}
+            return_free_memory()
         return saved
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
@@ -258,6 +263,15 @@ def check_source(checkpoint: Checkpoint, work: WorkDir) -> None:
                 f"begun: {what}\n"
                 "  pass --work-dir with a new folder to convert the checkpoint as it is now"
             )
+
+
+@contextmanager
+def _named(linear: str) -> Iterator[None]:
+    """Put a linear's name before what a quantizer, which knows no names, finds wrong."""
+    try:
+        yield
+    except RilqError as err:
+        raise type(err)(f"{linear}: {err}") from err
 
 
 def _assign(module: nn.Linear, native: dict[str, Tensor], name: str, spec: QuantSpec) -> None:

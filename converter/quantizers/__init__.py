@@ -1,7 +1,7 @@
 """Arrays in, arrays out: from a weight matrix to codes, scales and zero-points.
 
-A quantizer knows nothing of layers, files or devices; a new one is a class with the three
-members of `Quantizer` and a line in `build_quantizer`.
+A quantizer knows nothing of layers, files or devices; a new one is a class with the members of
+`Quantizer` and a line in `build_quantizer`.
 """
 
 from typing import Protocol
@@ -22,7 +22,7 @@ class Quantizer(Protocol):
 
     Attributes:
         name: as the user writes it.
-        needs_hessian: whether `quantize` must be given the Hessian.
+        needs_hessian: whether `quantize` must be given what `prepare` makes of the Hessian.
     """
 
     @property
@@ -31,15 +31,26 @@ class Quantizer(Protocol):
     @property
     def needs_hessian(self) -> bool: ...
 
+    def prepare(self, hessian: Tensor) -> Tensor:
+        """What `quantize` needs of the Hessian; once for all linears that share the input.
+
+        Args:
+            hessian: `X^T X`, `[in_features, in_features]` float32, in any scale; not changed.
+
+        Raises:
+            RilqError: the Hessian cannot be used.
+        """
+        ...
+
     def quantize(
-        self, weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None
+        self, weight: Tensor, spec: QuantSpec, prepared: Tensor | None = None
     ) -> QuantizedLinear:
         """Quantize one weight matrix, on the device of the weight.
 
         Args:
             weight: `[out_features, in_features]`, any float dtype; not changed.
             spec: bits, group size and kind of zero-point.
-            hessian: `X^T X`, `[in_features, in_features]` float32, in any scale; not changed.
+            prepared: what `prepare` made of the Hessian of the linear's inputs; not changed.
 
         Returns:
             Codes, scale and zero-point; every value finite.

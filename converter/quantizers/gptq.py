@@ -42,8 +42,16 @@ class GptqQuantizer:
     name = "gptq"
     needs_hessian = True
 
+    def prepare(self, hessian: Tensor) -> Tensor:
+        """The factor that `quantize` takes; see `inverse_factor`.
+
+        Raises:
+            RilqError: the Hessian is not finite, or not positive definite even when damped.
+        """
+        return inverse_factor(hessian.to(torch.float32), self.damping)
+
     def quantize(
-        self, weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None
+        self, weight: Tensor, spec: QuantSpec, prepared: Tensor | None = None
     ) -> QuantizedLinear:
         """Quantize one weight matrix; see `Quantizer`.
 
@@ -54,11 +62,10 @@ class GptqQuantizer:
             InputError: the group size does not divide `in_features`.
             NonFiniteError: the weight holds NaN or infinity.
             OptionError: the block is not a multiple of the group size.
-            RilqError: the Hessian is not finite, or not positive definite even when damped.
         """
-        assert hessian is not None, "gptq needs the Hessian of the linear's inputs"
-        assert hessian.shape == (weight.shape[1],) * 2, (
-            f"Hessian {list(hessian.shape)} does not belong to weight {list(weight.shape)}"
+        assert prepared is not None, "gptq needs the Hessian of the linear's inputs"
+        assert prepared.shape == (weight.shape[1],) * 2, (
+            f"Hessian {list(prepared.shape)} does not belong to weight {list(weight.shape)}"
         )
         size = spec.group_size
         if self.block % size:
@@ -67,7 +74,7 @@ class GptqQuantizer:
             )
         W = as_groups(weight, spec).reshape(weight.shape)
         W = W.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
-        U = inverse_factor(hessian.to(W.device, torch.float32), self.damping)
+        U = prepared.to(W.device)
         codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
         grids: list[tuple[Tensor, Tensor]] = []
         for start in range(0, W.shape[1], self.block):

@@ -23,10 +23,14 @@ class RtnQuantizer:
     name = "rtn"
     needs_hessian = False
 
+    def prepare(self, hessian: Tensor) -> Tensor:
+        """Nothing: the Hessian is not looked at."""
+        return hessian
+
     def quantize(
-        self, weight: Tensor, spec: QuantSpec, hessian: Tensor | None = None
+        self, weight: Tensor, spec: QuantSpec, prepared: Tensor | None = None
     ) -> QuantizedLinear:
-        """Quantize one weight matrix; see `Quantizer`. The Hessian is not looked at."""
+        """Quantize one weight matrix; see `Quantizer`."""
         groups = as_groups(weight, spec)
         find_grid = search_grid if self.clip == "search" else minmax_grid
         scale, zero_point = find_grid(groups, spec)

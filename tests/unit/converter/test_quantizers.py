@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rilq.converter.quantizers import QUANTIZERS, Clip, build_quantizer, grid
+from rilq.converter.quantizers import QUANTIZERS, Clip, Quantizer, build_quantizer, grid
 from rilq.converter.quantizers.gptq import GptqQuantizer, inverse_factor
 from rilq.converter.quantizers.grid import (
     as_groups,
@@ -56,6 +56,12 @@ def correlated_hessian(width: int, tokens: int = 400, seed: int = 3) -> Tensor:
 
 def values(linear: QuantizedLinear) -> Tensor:
     return dequantize(linear.codes, linear.scale, linear.zero_point)
+
+
+def quantized(
+    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, hessian: Tensor
+) -> QuantizedLinear:
+    return quantizer.quantize(weight, spec, quantizer.prepare(hessian))
 
 
 def proxy_loss(weight: Tensor, linear: QuantizedLinear, hessian: Tensor) -> float:
@@ -238,7 +244,7 @@ DEGENERATE = {
 @pytest.mark.parametrize(("name", "clip"), WAYS)
 def test_degenerate_groups_stay_finite_and_in_range(name: str, clip: Clip, spec: QuantSpec) -> None:
     weight = torch.stack([torch.cat([group, HEALTHY]) for group in DEGENERATE.values()])
-    linear = build_quantizer(name, clip=clip).quantize(weight, spec, correlated_hessian(64))
+    linear = quantized(build_quantizer(name, clip=clip), weight, spec, correlated_hessian(64))
     assert bool(torch.isfinite(linear.scale).all() and (linear.scale > 0).all())
     assert bool(torch.isfinite(linear.zero_point).all())
     assert int(linear.codes.max()) <= spec.max_code
@@ -248,8 +254,8 @@ def test_degenerate_groups_stay_finite_and_in_range(name: str, clip: Clip, spec:
 @pytest.mark.parametrize(("name", "clip"), WAYS)
 def test_zeros_stay_zeros_and_have_scale_one(name: str, clip: Clip) -> None:
     for spec in SPECS:
-        linear = build_quantizer(name, clip=clip).quantize(
-            torch.zeros(2, 64), spec, correlated_hessian(64)
+        linear = quantized(
+            build_quantizer(name, clip=clip), torch.zeros(2, 64), spec, correlated_hessian(64)
         )
         assert not values(linear).any() and not linear.codes.any()
         assert linear.scale.eq(1).all() and not linear.zero_point.any()
@@ -322,7 +328,7 @@ def test_gptq_equals_elimination_in_the_full_inverse(
 ) -> None:
     weight, hessian = random_weight(6, 256), correlated_hessian(256)
     spec = QuantSpec(bits, group_size)
-    fast = GptqQuantizer(clip).quantize(weight, spec, hessian)
+    fast = quantized(GptqQuantizer(clip), weight, spec, hessian)
     slow = reference_gptq(weight, hessian, spec, clip)
     assert_same_but_for_ties(fast, slow)
     expected = proxy_loss(weight, slow, hessian)
@@ -332,15 +338,15 @@ def test_gptq_equals_elimination_in_the_full_inverse(
 def test_gptq_with_integer_zero_points_equals_the_reference() -> None:
     weight, hessian = random_weight(6, 128), correlated_hessian(128)
     spec = QuantSpec(2, 32, "integer")
-    fast = GptqQuantizer().quantize(weight, spec, hessian)
+    fast = quantized(GptqQuantizer(), weight, spec, hessian)
     assert_same_but_for_ties(fast, reference_gptq(weight, hessian, spec, "search"))
 
 
 @pytest.mark.parametrize("width", [96, 160])
 def test_gptq_does_not_depend_on_the_block(width: int) -> None:
     weight, hessian, spec = random_weight(8, width), correlated_hessian(width), QuantSpec(3, 32)
-    small = GptqQuantizer(block=32).quantize(weight, spec, hessian)
-    large = GptqQuantizer(block=128).quantize(weight, spec, hessian)
+    small = quantized(GptqQuantizer(block=32), weight, spec, hessian)
+    large = quantized(GptqQuantizer(block=128), weight, spec, hessian)
     assert_same_but_for_ties(small, large)
 
 
@@ -349,15 +355,17 @@ def test_gptq_does_not_depend_on_the_block(width: int) -> None:
 def test_gptq_beats_rounding_on_the_proxy_loss(spec: QuantSpec, clip: Clip) -> None:
     weight, hessian = random_weight(16, 192), correlated_hessian(192)
     plain = build_quantizer("rtn", clip=clip).quantize(weight, spec)
-    fed_back = build_quantizer("gptq", clip=clip).quantize(weight, spec, hessian)
+    fed_back = quantized(build_quantizer("gptq", clip=clip), weight, spec, hessian)
     assert proxy_loss(weight, fed_back, hessian) < 0.7 * proxy_loss(weight, plain, hessian)
 
 
 def test_gptq_takes_a_hessian_in_any_scale() -> None:
     weight, hessian, spec = random_weight(8, 64), correlated_hessian(64), QuantSpec(2, 32)
-    expected = GptqQuantizer().quantize(weight, spec, hessian)
+    expected = quantized(GptqQuantizer(), weight, spec, hessian)
     for factor in (2.0**-100, 2.0**60):
-        assert GptqQuantizer().quantize(weight, spec, hessian * factor).codes.equal(expected.codes)
+        assert quantized(GptqQuantizer(), weight, spec, hessian * factor).codes.equal(
+            expected.codes
+        )
 
 
 def test_gptq_rounds_dead_channels_to_nearest() -> None:
@@ -365,7 +373,7 @@ def test_gptq_rounds_dead_channels_to_nearest() -> None:
     dead = [0, 5, 40, 63]
     hessian[dead] = 0
     hessian[:, dead] = 0
-    linear = GptqQuantizer().quantize(weight, spec, hessian)
+    linear = quantized(GptqQuantizer(), weight, spec, hessian)
     groups = as_groups(weight, spec)
     rounded = encode(groups, linear.scale, linear.zero_point, spec)
     assert linear.codes[:, dead].equal(rounded[:, dead])
@@ -374,7 +382,7 @@ def test_gptq_rounds_dead_channels_to_nearest() -> None:
 
 def test_gptq_without_any_data_is_rounding_with_search() -> None:
     weight, spec = random_weight(8, 128), QuantSpec(2, 64)
-    blind = GptqQuantizer().quantize(weight, spec, torch.zeros(128, 128))
+    blind = quantized(GptqQuantizer(), weight, spec, torch.zeros(128, 128))
     rounded = build_quantizer("rtn", clip="search").quantize(weight, spec)
     assert blind.codes.equal(rounded.codes) and blind.zero_point.equal(rounded.zero_point)
 
@@ -410,13 +418,16 @@ def test_a_hessian_with_infinity_is_refused() -> None:
     hessian = torch.eye(64)
     hessian[3, 3] = math.inf
     with pytest.raises(RilqError, match="Hessian .* found NaN or infinity"):
-        GptqQuantizer().quantize(random_weight(4, 64), QuantSpec(2, 32), hessian)
+        GptqQuantizer().prepare(hessian)
 
 
 def test_a_block_that_cuts_groups_is_refused() -> None:
     with pytest.raises(OptionError, match="gptq block 64: expected a multiple of the group size"):
-        GptqQuantizer(block=64).quantize(
-            random_weight(4, 128), QuantSpec(2, 128), correlated_hessian(128)
+        quantized(
+            GptqQuantizer(block=64),
+            random_weight(4, 128),
+            QuantSpec(2, 128),
+            correlated_hessian(128),
         )
 
 
@@ -450,7 +461,7 @@ def test_unknown_clip_is_refused() -> None:
 def test_weight_and_hessian_are_left_alone(name: str, clip: Clip, dtype: torch.dtype) -> None:
     weight, hessian = random_weight(4, 64).to(dtype), correlated_hessian(64)
     before = weight.clone(), hessian.clone()
-    linear = build_quantizer(name, clip=clip).quantize(weight, QuantSpec(2, 32), hessian)
+    linear = quantized(build_quantizer(name, clip=clip), weight, QuantSpec(2, 32), hessian)
     assert weight.equal(before[0]) and hessian.equal(before[1])
     assert linear.codes.dtype == torch.uint8 and linear.codes.shape == weight.shape
     assert linear.scale.dtype == linear.zero_point.dtype == torch.float16
@@ -462,8 +473,11 @@ def test_ragged_width_is_refused_with_the_legal_group_sizes(name: str, clip: Cli
     with pytest.raises(
         InputError, match="in_features 192 is not a multiple of group size 128"
     ) as e:
-        build_quantizer(name, clip=clip).quantize(
-            random_weight(4, 192), QuantSpec(2, 128), correlated_hessian(192)
+        quantized(
+            build_quantizer(name, clip=clip),
+            random_weight(4, 192),
+            QuantSpec(2, 128),
+            correlated_hessian(192),
         )
     assert "use --group-size 32 or 64" in str(e.value)
 
@@ -474,13 +488,13 @@ def test_nonfinite_weights_are_refused_and_counted(name: str, bad: float) -> Non
     weight = random_weight(4, 64)
     weight[1, 2] = weight[3, 4] = bad
     with pytest.raises(NonFiniteError, match="2 of 256 values are NaN or infinite"):
-        build_quantizer(name).quantize(weight, QuantSpec(2, 32), correlated_hessian(64))
+        quantized(build_quantizer(name), weight, QuantSpec(2, 32), correlated_hessian(64))
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_empty_weights_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"weight \[0, 64\]: expected at least one value"):
-        build_quantizer(name).quantize(torch.zeros(0, 64), QuantSpec(2, 32), torch.eye(64))
+        quantized(build_quantizer(name), torch.zeros(0, 64), QuantSpec(2, 32), torch.eye(64))
 
 
 def test_nearest_codes_of_a_tie_go_to_the_even_code() -> None:
