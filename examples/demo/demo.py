@@ -7,7 +7,6 @@ converted checkpoints in `demo-out/` at the root of the repository.
 """
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -18,6 +17,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from rilq.evaluation.gap import gap_closed
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = Path("examples/demo")  # this and the next: relative to ROOT, where every command runs
@@ -77,15 +78,6 @@ def measure(console: Console, name: str, checkpoint: Path) -> Measured:
     )
 
 
-def gap_closed(row: Measured, plain: Measured, full: Measured) -> float:
-    """How much of the damage of plain rounding `row` undoes: 0 at `plain`, 1 at `full`.
-
-    Counted in nats per token: `(ln plain - ln row) / (ln plain - ln full)` of perplexities.
-    """
-    damage = math.log(plain.perplexity) - math.log(full.perplexity)
-    return (math.log(plain.perplexity) - math.log(row.perplexity)) / damage
-
-
 def comparison(full: Measured, plain: Measured, merged: Measured) -> Table:
     """The table that the demo is run for."""
     table = Table(title=f"Held-out WikiText-2 text, windows of {SEQLEN} tokens")
@@ -98,7 +90,7 @@ def comparison(full: Measured, plain: Measured, merged: Measured) -> Table:
             f"{row.perplexity:.2f}",
             f"{row.bits_per_weight:.2f}",
             f"{row.megabytes:.2f} MB",
-            f"{gap_closed(row, plain, full):.2f}",
+            f"{gap_closed(row.perplexity, plain=plain.perplexity, full=full.perplexity):.2f}",
         )
     return table
 
