@@ -36,6 +36,7 @@ from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.layers import StreamedModel
+from rilq.converter.machine import large_blocks_returned
 from rilq.converter.plan import STREAM_TOKENS
 from rilq.converter.student import Student
 from rilq.converter.train import rilq_loss
@@ -55,8 +56,8 @@ def main() -> None:
     """Run the measurements and print one line each, then all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("memory", "teacher", "step"))
-    parser.add_argument("--folder", type=Path, help="keep checkpoints here")
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     print(
         f"machine: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads, transformers {transformers.__version__}, python "
@@ -65,8 +66,7 @@ def main() -> None:
     )
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(temporary)
         eight, deep = (make_checkpoint(folder, layers) for layers in (8, 32))
         if args.only in (None, "memory"):
             results |= measure_memory(folder, eight, deep)
@@ -80,8 +80,6 @@ def main() -> None:
 def make_checkpoint(folder: Path, layers: int) -> Path:
     """A random bfloat16 Llama in shards of 100 MB, with a small tokenizer, and a text."""
     path = folder / f"llama-{layers}"
-    if path.exists():
-        return path
     torch.manual_seed(SEED)
     config = LlamaConfig(
         hidden_size=1024,
@@ -203,6 +201,7 @@ def run_in_memory(model: torch.nn.Module, tokens: torch.Tensor) -> None:
 
 
 @torch.no_grad()
+@large_blocks_returned()  # as the streaming pass does
 def stream_teacher(folder: Path, path: Path, tokens: torch.Tensor) -> None:
     """What the streaming pass does for the teacher: read, run, write, layer by layer."""
     checkpoint = Checkpoint.open(LocalFolder(path))

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rilq.converter.machine import large_blocks_returned
 from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig, replace_linears
@@ -151,7 +152,8 @@ def build_skeleton(
         # transformers 5.17 still takes sdpa for Gemma 2, which leaves the caps out in silence.
         config._attn_implementation = "eager"
     try:
-        with init_empty_weights(include_buffers=False):
+        # Each weight is real for a moment: without the first one, holes in the heap remain of it.
+        with large_blocks_returned(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as err:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rilq.errors import OptionError
+from rilq.errors import OptionError, one_line
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ def measure_machine(device: str) -> Machine:
         where = torch.device(device)
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as err:
-        first = (str(err).splitlines() or ["?"])[0]
         raise OptionError(
-            f"--device {device}: cannot be used: {first}\n  use --device cpu"
+            f"--device {device}: cannot be used: {one_line(err)}\n  use --device cpu"
         ) from err
     _settle_vector_functions()
     host_free = psutil.virtual_memory().available
@@ -96,22 +95,31 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def large_blocks_returned() -> Iterator[None]:
-    """Inside, glibc gives blocks of 4 MiB and more back to the system as soon as they are freed.
+    """Inside, glibc takes blocks of 4 MiB and more from the system, and gives them back when freed.
 
-    By default it keeps freed blocks of up to 32 MiB in a heap that fragments and grows with every
-    layer (measured by benchmarks/streaming.py; figures in docs/log.md). It costs the pass 3 % of its
-    time; training, which frees as much in every step, would lose 11 %.
+    By default it keeps freed blocks of up to 32 MiB in a heap that fragments and grows from layer
+    to layer (docs/log.md). The price is that the system clears every block anew.
     """
-    _set_mmap_threshold(4 << 20)
+    _return_blocks_from(4 << 20)
+    return_free_memory()
     try:
         yield
     finally:
-        _set_mmap_threshold(32 << 20)  # as far as glibc raises it by itself
+        _return_blocks_from(32 << 20)  # as far as glibc raises it by itself
 
 
-def _set_mmap_threshold(nbytes: int) -> None:
+def return_free_memory() -> None:
+    """Give what the heap holds free back to the system: smaller blocks fragment it too."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _return_blocks_from(nbytes: int) -> None:
     with suppress(OSError, AttributeError):  # another C library has no such function
-        ctypes.CDLL(None).mallopt(-3, nbytes)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, nbytes)  # M_MMAP_THRESHOLD
+        # M_TRIM_THRESHOLD: else large blocks would be cut from free memory at the heap's end.
+        libc.mallopt(-1, nbytes)
 
 
 @dataclass(frozen=True)
