@@ -368,7 +368,7 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
                     f"micro-batch {choices.micro_batch}"),
         ("learning rate", f"{choices.learning_rate:.3g}"),
         ("reads", gigabytes(plan.read_bytes)),
-        ("peak memory", memory + ", at most"),
+        ("peak memory", memory + ", at most, above the interpreter's own"),
         *(("disk", f"{gigabytes(d.needed)} of {gigabytes(d.free)} free on {d.volume} "
                    f"({d.holds})") for d in plan.disks),
         ("output", f"{gigabytes(plan.output_bytes)}: {plan.bits_per_weight:.2f} bits per "

@@ -19,6 +19,7 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, volume_of
 from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions, Tier, matches
 from rilq.errors import OptionError, OutputError
+from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 
@@ -152,7 +153,7 @@ def make_plan(
         read_bytes=checkpoint.nbytes(_needed(streamed)),
         host_bytes=peak if on_cpu else sizes.layer_bytes * 3 + sizes.outer_bytes + FIXED,
         device_bytes=None if on_cpu else peak,
-        disks=_disks(options, sizes.work_bytes(item, options), output),
+        disks=_disks(options, checkpoint, sizes.work_bytes(item, options), output),
         output_bytes=output,
         bits_per_weight=sizes.quantized_bits / max(1, sizes.quantized_weights),
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
@@ -173,7 +174,7 @@ def check_fits(plan: Plan, machine: Machine) -> None:
             raise OutputError(
                 f"{disk.volume}: {gigabytes(disk.needed)} needed for {disk.holds}, "
                 f"{gigabytes(disk.free)} free\n"
-                "  make room, or put --output-dir or --work-dir on another volume"
+                "  make room, or put --output-dir, --work-dir or HF_HOME on another volume"
             )
     for what, needed, free in (
         ("host memory", plan.host_bytes, machine.host_free),
@@ -402,13 +403,18 @@ def _choose(
     return fitting[0] if fitting else tries[-1]
 
 
-def _disks(options: ConvertOptions, work: int, output: int) -> tuple[Disk, ...]:
+def _disks(
+    options: ConvertOptions, checkpoint: Checkpoint, work: int, output: int
+) -> tuple[Disk, ...]:
     """Bytes per volume; folders on one volume are added up."""
     needs: dict[int, Disk] = {}
     wanted: list[tuple[Path, str, int]] = [
         (options.work, "the work folder", work),
         (options.output, "the output", output),
     ]
+    cache, missing = checkpoint.source.to_fetch([*checkpoint.shards, *checkpoint.side_files()])
+    if missing:
+        wanted.append((cache, "downloads", missing))
     for path, holds, needed in wanted:
         volume = volume_of(path)
         known = needs.get(volume.device)

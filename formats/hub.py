@@ -1,7 +1,7 @@
 """A checkpoint on the Hub: one pinned commit of which only the needed files are fetched."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from logging import ERROR
@@ -229,6 +229,11 @@ class HubRepository:
             f"{self.label}/{printable(name)}: arrived damaged {1 + REFETCHES} times (its checksum "
             "is not the one that the Hub states); check the network or the proxy, then run again"
         )
+
+    def to_fetch(self, names: Iterable[str]) -> tuple[Path, int]:
+        """The folder of the cache, and bytes of those of `names` that are not in it yet."""
+        missing = [name for name in names if self._cache.find(name, self.commit) is None]
+        return self.at.cache, sum(self._listed(name).size for name in missing)
 
     @property
     def _cache(self) -> RepositoryCache:

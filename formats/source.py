@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
@@ -33,6 +33,9 @@ class Source(Protocol):
 
     def head(self, name: str) -> tuple[bytes, int]:
         """A safetensors file's first 8 + N bytes and its size, without fetching all of it."""
+
+    def to_fetch(self, names: Iterable[str]) -> tuple[Path, int]:
+        """Where files come to lie, and bytes of those of `names` that are not there yet."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class LocalFolder:
     def head(self, name: str) -> tuple[bytes, int]:
         """A safetensors file's first 8 + N bytes, and its size."""
         return read_head(self.path(name), f"{self.label}/{name}")
+
+    def to_fetch(self, names: Iterable[str]) -> tuple[Path, int]:
+        """The folder, and 0: everything is there."""
+        return self.folder, 0
 
 
 def label_of(source: Source) -> str:

@@ -36,8 +36,9 @@ def run_on_hub(
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run_on_hub(*more options)`: the command with the Hub's model in the place of the folder."""
 
-    def run(*more: object) -> subprocess.CompletedProcess[str]:
-        words = [REPO if w == str(tiny_llama) else w for w in arguments(tmp_path, *more)]
+    def run(*more: object, command: str = "convert") -> subprocess.CompletedProcess[str]:
+        words = arguments(tmp_path, *more, command=command)
+        words = [REPO if word == str(tiny_llama) else word for word in words]
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.url,
@@ -46,8 +47,9 @@ def run_on_hub(
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        command = [sys.executable, "-m", "rilq", *words]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            [sys.executable, "-m", "rilq", *words], capture_output=True, text=True, env=environment
+        )
 
     return run
 
@@ -71,6 +73,24 @@ def test_hub_model_gives_the_bytes_that_the_folder_gives(
     source = json.loads((tmp_path / "out" / "rilq.json").read_text())["source"]
     assert source["name"] == REPO and len(source["commit"]) == 40
     assert not any("pytorch_model.bin" in str(p) for p in (tmp_path / "hf").rglob("*"))
+
+
+def test_plan_counts_what_is_still_to_be_downloaded(
+    run_on_hub: Callable[..., subprocess.CompletedProcess[str]], tiny_llama: Path
+) -> None:
+    def planned() -> tuple[int, str]:
+        ended = run_on_hub("--rank", 0, "--quantizer", "rtn", "--json", command="plan")
+        assert ended.returncode == 0, ended.stderr
+        disks = json.loads(ended.stdout)["disks"]
+        return sum(disk["needed"] for disk in disks), " ".join(disk["holds"] for disk in disks)
+
+    before, holds = planned()
+    assert "downloads" in holds
+    assert run_on_hub("--rank", 0, "--quantizer", "rtn").returncode == 0
+    after, holds = planned()
+    assert "downloads" not in holds
+    weights = sum(path.stat().st_size for path in tiny_llama.glob("*.safetensors"))
+    assert weights < before - after < weights + 100_000  # and the tokenizer
 
 
 def test_unknown_repository_is_one_line_with_a_remedy(
