@@ -26,6 +26,7 @@ import torch
 import transformers
 
 import rilq
+from rilq.converter.options import ConvertOptions
 from rilq.evaluation.gap import gap_closed
 
 # What is printed: the options that make it. The first is the zero of the gap.
@@ -50,7 +51,7 @@ def main() -> None:
     print(
         f"machine: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, python {platform.python_version()}, "
-        f"rilq {rilq.__version__}\n\n"
+        f"rilq {rilq.__version__}, seed {ConvertOptions.seed} unless given\n\n"
         "| recipe | perplexity | gap closed | KL mean | top-1 | bits per weight | convert |\n"
         "|---|---|---|---|---|---|---|"
     )

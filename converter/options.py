@@ -16,7 +16,8 @@ from rilq.formats.spec import BITS, GROUP_SIZES, QuantSpec
 AdapterKind = Literal["pooled", "lora"]
 Clip = Literal["none", "search"]
 Tier = Literal["dense", "packed"]
-QUANTIZERS = ("rtn", "gptq")
+DEFAULT_CLIP: dict[str, Clip] = {"rtn": "none", "gptq": "search"}
+QUANTIZERS = tuple(DEFAULT_CLIP)
 
 DEFAULT_ROWS = 320  # rows of the paper's calibration set
 DEFAULT_SEQLEN = 512

@@ -17,13 +17,23 @@ import torch
 from rilq.converter.adapters import AdapterSpec, learning_rate, parameter_count
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, volume_of
-from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions, Tier, matches
+from rilq.converter.options import (
+    DEFAULT_CLIP,
+    DEFAULT_ROWS,
+    DEFAULT_SEQLEN,
+    ConvertOptions,
+    Tier,
+    matches,
+)
 from rilq.errors import OptionError, OutputError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
+# Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
+SEARCH_BYTES = 100 * 9 * 8
+SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
 
 
@@ -218,6 +228,7 @@ class _Sizes:
     rows: int
     seqlen: int
     hessians: bool
+    searches: bool
 
     @classmethod
     def of(
@@ -261,6 +272,7 @@ class _Sizes:
             rows=rows,
             seqlen=seqlen,
             hessians=options.quantizer != "rtn",
+            searches=(options.clip or DEFAULT_CLIP[options.quantizer]) == "search",
         )
 
     def states_bytes(self, item: int) -> int:
@@ -347,12 +359,13 @@ def _check(
     if ragged:
         widths = {p.in_features for p in ragged}
         legal = [g for g in GROUP_SIZES if all(p.in_features % g == 0 for p in quantized)]
-        remedy = f"use --group-size {legal[-1]}" if legal else "no group size divides all widths"
+        remedy = f"use --group-size {legal[-1]}" if legal else "no group size fits all"
         shown = ", ".join(f"{p.name} ({p.in_features})" for p in ragged[:10])
         raise OptionError(
             f"--group-size {options.group_size}: in_features is not a multiple of it in "
             f"{len(ragged)} linears (widths {sorted(widths)}): {shown}\n"
-            f"  {remedy}, or keep those linears with --skip {ragged[0].name.rpartition('.')[2]}"
+            f"  {remedy}, or keep those linears in 16 bits with "
+            f"--skip {ragged[0].name.rpartition('.')[2]}"
         )
     if options.adapter == "lora":
         least = min((min(p.out_features, p.in_features) for p in quantized), default=options.rank)
@@ -440,10 +453,13 @@ def _time(
     # Norms, rotary embeddings, activations, residuals, adapters: so many reads and writes.
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
+    moved += SEARCH_BYTES * sizes.quantized_weights * sizes.searches
     seconds = flops / machine.flops + moved / machine.bandwidth
     basis = (
         f"{flops / 1e12:.3g} TFLOP at {machine.flops / 1e9:.0f} GFLOP/s and {moved / 1e9:.3g} GB "
         f"moved at {machine.bandwidth / 1e9:.1f} GB/s, as measured just now ({machine.name}); "
         "reading not counted"
     )
+    if sizes.hidden < SMALL:
+        basis += "; matrices as small as this model's can take three times as long"
     return seconds, basis

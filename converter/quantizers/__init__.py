@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rilq.converter.options import QUANTIZERS, Clip
+from rilq.converter.options import DEFAULT_CLIP, QUANTIZERS, Clip
 from rilq.converter.quantizers.gptq import GptqQuantizer
 from rilq.converter.quantizers.rtn import RtnQuantizer
 from rilq.errors import OptionError
@@ -68,15 +68,14 @@ def build_quantizer(name: str, *, clip: Clip | None = None) -> Quantizer:
     Args:
         name: one of `QUANTIZERS`.
         clip: "none" takes each group's range from its extremes, "search" shrinks it for the
-            least squared error. By default rtn does not clip and gptq searches.
+            least squared error; None takes `DEFAULT_CLIP`.
 
     Raises:
         OptionError: unknown name or clip.
     """
     if clip not in (None, "none", "search"):
         raise OptionError(f"clip: expected none or search, found {clip!r}")
-    if name == "rtn":
-        return RtnQuantizer(clip or "none")
-    if name == "gptq":
-        return GptqQuantizer(clip or "search")
-    raise OptionError(f"quantizer: expected one of {', '.join(QUANTIZERS)}; found {name!r}")
+    if name not in QUANTIZERS:
+        raise OptionError(f"quantizer: expected one of {', '.join(QUANTIZERS)}; found {name!r}")
+    clip = clip or DEFAULT_CLIP[name]
+    return RtnQuantizer(clip) if name == "rtn" else GptqQuantizer(clip)
