@@ -14,7 +14,8 @@
     └── Interrupted                  exit code 75: stopped by a signal, resumable
 
 A message says which file and tensor, what is wrong, what was expected, and what to do;
-the command line prints it as it is, without a traceback.
+the command line prints it as it is, without a traceback. What others wrote enters a message
+through `printable` or `one_line`.
 """
 
 
@@ -71,11 +72,18 @@ class Interrupted(KeyboardInterrupt):
     exit_code = 75
 
 
+def printable(text: str, limit: int = 120) -> str:
+    """`text` fit for a terminal: control characters escaped, and not longer than about `limit`."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit]
+    )
+    return shown if len(text) <= limit else f"{shown}... ({len(text)} characters)"
+
+
 def one_line(err: BaseException) -> str:
     """Kind and text of another library's error, fit for the middle of a message.
 
     All of its lines: transformers tells the reason in the second or third.
     """
     text = " ".join(str(err).split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:400])
-    return f"{type(err).__name__}: {shown}" if shown else type(err).__name__
+    return printable(f"{type(err).__name__}: {text}" if text else type(err).__name__, 400)

@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rilq.converter.machine import large_blocks_returned
-from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line
+from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line, printable
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig, replace_linears
-from rilq.formats.shard import printable
 
 # model_type of every architecture whose streamed states were tested against transformers in memory.
 SUPPORTED = {

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rilq.errors import CheckpointError, NonFiniteError
+from rilq.errors import CheckpointError, NonFiniteError, printable
 from rilq.formats.index import INDEX, choose_shards, locate_tensors, read_weight_map
 from rilq.formats.shard import (
     CODE_OF,
@@ -19,7 +19,6 @@ from rilq.formats.shard import (
     TensorInfo,
     listing,
     parse_header,
-    printable,
     raw_bytes,
     read_tensors,
 )

@@ -20,7 +20,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from huggingface_hub.utils.logging import set_verbosity
 
 from rilq import __version__
-from rilq.errors import CheckpointError, HubError, OptionError, RilqError
+from rilq.errors import CheckpointError, HubError, OptionError, RilqError, printable
 from rilq.formats.hub_cache import RemoteFile, RepositoryCache, missing_weights
 from rilq.formats.hub_listing import check_weights, fetch_listing, some
 from rilq.formats.hub_requests import (
@@ -34,7 +34,7 @@ from rilq.formats.hub_requests import (
     unreachable,
     with_patience,
 )
-from rilq.formats.shard import header_length, parse_header, printable, read_head
+from rilq.formats.shard import header_length, parse_header, read_head
 from rilq.formats.source import CONFIG, LocalFolder, Source
 from rilq.progress import Reporter, SilentReporter
 

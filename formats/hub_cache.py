@@ -18,10 +18,9 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from rilq.errors import OutputError
+from rilq.errors import OutputError, printable
 from rilq.formats.durable import write_bytes
 from rilq.formats.index import INDEX, SINGLE
-from rilq.formats.shard import printable
 from rilq.progress import Reporter
 
 _BLOCK = 1 << 22  # bytes hashed at a time

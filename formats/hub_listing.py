@@ -12,11 +12,10 @@ from huggingface_hub.errors import (
 )
 
 from rilq import __version__
-from rilq.errors import CheckpointError
+from rilq.errors import CheckpointError, printable
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_requests import Address, is_commit
 from rilq.formats.index import PICKLES
-from rilq.formats.shard import printable
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from rilq.errors import HubError, OutputError, RilqError
-from rilq.formats.shard import printable
+from rilq.errors import HubError, OutputError, RilqError, printable
 from rilq.progress import Reporter
 
 Result = TypeVar("Result")

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from rilq.errors import CheckpointError
-from rilq.formats.shard import DAMAGED, ShardHeader, listing, printable
+from rilq.errors import CheckpointError, printable
+from rilq.formats.shard import DAMAGED, ShardHeader, listing
 from rilq.formats.source import Source, label_of, leaves_folder, read_json
 from rilq.progress import Reporter
 

@@ -19,7 +19,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rilq.errors import CheckpointError
+from rilq.errors import CheckpointError, printable
 
 HEADER_CAP = 100_000_000  # bytes; the cap of the reference implementation
 NAME_CAP = 1_000  # characters; the longest name seen in a published checkpoint is under 200
@@ -89,14 +89,6 @@ class ShardHeader:
     metadata: dict[str, str]
     file_size: int
     digest: str
-
-
-def printable(text: str, limit: int = 120) -> str:
-    """`text` fit for a terminal: control characters escaped, and not longer than about `limit`."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit]
-    )
-    return shown if len(text) <= limit else f"{shown}... ({len(text)} characters)"
 
 
 def listing(names: Sequence[str], limit: int = 10) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
-from rilq.errors import CheckpointError
-from rilq.formats.shard import DAMAGED, printable, read_head
+from rilq.errors import CheckpointError, printable
+from rilq.formats.shard import DAMAGED, read_head
 
 CONFIG = "config.json"
 JSON_CAP = 100_000_000  # bytes; the largest index published is about 10 MB

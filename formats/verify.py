@@ -12,9 +12,9 @@ from typing import Any
 
 import xxhash
 
-from rilq.errors import CheckpointError
+from rilq.errors import CheckpointError, printable
 from rilq.formats.durable import write_bytes
-from rilq.formats.shard import printable, read_header
+from rilq.formats.shard import read_header
 
 MANIFEST_NAME = "rilq.json"
 _CHUNK = 1 << 20

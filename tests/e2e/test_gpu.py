@@ -13,6 +13,7 @@ from rilq.converter.quantizers import build_quantizer
 from rilq.formats.native import native_tensors
 from rilq.formats.packed_linear import packed_linear
 from rilq.formats.spec import QuantSpec
+from rilq.progress import usage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +49,9 @@ def test_conversion_on_the_gpu_comes_close_to_that_on_the_cpu(
         )
         losses[device] = json.loads(done.stdout)["quality"]["validation_loss_merged"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+
+
+def test_memory_on_the_gpu_is_shown(tmp_path: Path) -> None:
+    kept = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    shown = float(usage(tmp_path).partition(" GB on the GPU")[0].rpartition(" ")[2])
+    assert shown >= kept.nbytes / 1e9 - 0.05

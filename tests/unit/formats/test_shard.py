@@ -17,13 +17,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rilq.errors import CheckpointError
+from rilq.errors import CheckpointError, printable
 from rilq.formats.shard import (
     HEADER_CAP,
     TensorInfo,
     header_length,
     parse_header,
-    printable,
     raw_bytes,
     read_head,
     read_header,
@@ -237,10 +236,6 @@ def test_reads_dtypes_that_are_no_source_weights(code: str, dtype: torch.dtype) 
 def test_metadata_is_kept() -> None:
     content = frame({"__metadata__": {"format": "pt"}, "w": entry()}, EIGHT)
     assert parse_header(content, len(content), "s").metadata == {"format": "pt"}
-
-
-def test_printable_leaves_plain_text_alone() -> None:
-    assert printable("model.layers.0.weight") == "model.layers.0.weight"
 
 
 # --- hashes ----------------------------------------------------------------------------------
