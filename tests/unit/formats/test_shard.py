@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from rilq.errors import CheckpointError, printable
+from rilq.errors import CheckpointError
 from rilq.formats.shard import (
     HEADER_CAP,
     TensorInfo,
