@@ -60,20 +60,43 @@ Dtype = Annotated[
 
 def _convert_options(
     model: Model,
-    bits: Annotated[int, _option(_BASE, "Bits per code: 2, 3, 4, 8.")] = 2,
-    group_size: Annotated[int, _option(_BASE, "Inputs that share a scale: 32, 64, 128.")] = 64,
-    quantizer: Annotated[str, _option(_BASE, "gptq or rtn.")] = "gptq",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="fast, default, best or paper: sets what is not given; see docs/recipes.md."
+        ),
+    ] = "default",
+    bits: Annotated[int | None, _option(_BASE, "Bits per code: 2, 3, 4, 8. (default: 2)")] = None,
+    group_size: Annotated[
+        int | None, _option(_BASE, "Inputs that share a scale: 32, 64, 128. (default: 64)")
+    ] = None,
+    quantizer: Annotated[
+        str | None,
+        _option(
+            _BASE,
+            "rtn, hqq; lsq, gptq (calibrated); lwc, signround, blockap (trained layer by layer). "
+            "(default: blockap)",
+        ),
+    ] = None,
     clip: Annotated[
         str | None,
         _option(
             _BASE,
-            "none or search: shrink each group's range for the least squared error. "
-            "(default: search for gptq, none for rtn)",
+            "Grid of each group, or its start: none (extremes), search (shrunk for the least "
+            "squared error) or lsq (least squares). (default: none for rtn, else lsq)",
         ),
     ] = None,
+    layer_steps: Annotated[
+        int | None,
+        _option(_BASE, "Updates per decoder layer of lwc, signround, blockap. (default: 100)"),
+    ] = None,
     zero_point: Annotated[
-        str, _option(_BASE, "real, or integer (before merging; a merged one is always real).")
-    ] = "real",
+        str | None,
+        _option(
+            _BASE,
+            "real, or integer (before merging; a merged one is always real). (default: real)",
+        ),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         _option(_BASE, "Keep linears that fit this shell pattern in 16 bits; repeatable."),
@@ -90,32 +113,82 @@ def _convert_options(
             "Hub, each with an optional =WEIGHT; repeatable. (default: c4)",
         ),
     ] = None,
-    text_key: Annotated[str, _option(_DATA, "Key of the text in a record.")] = "text",
+    text_key: Annotated[
+        str | None, _option(_DATA, "Key of the text in a record. (default: text)")
+    ] = None,
     rows: Annotated[
-        str, _option(_DATA, "packed: documents joined and cut; documents: one window of each.")
-    ] = "packed",
+        str | None,
+        _option(
+            _DATA,
+            "packed: documents joined and cut; documents: one window of each. (default: packed)",
+        ),
+    ] = None,
     nsamples: Annotated[
         int | None, _option(_DATA, "Rows. (default: 320, or what the text gives)")
     ] = None,
     seqlen: Annotated[
         int | None, _option(_DATA, "Tokens per row. (default: 512, or the model's maximum)")
     ] = None,
-    val_ratio: Annotated[float, _option(_DATA, "Share of rows held out of the training.")] = 0.2,
-    seed: Annotated[
-        int, _option(_DATA, "Of rows, their order, and the adapters.", min=0, max=2**32 - 1)
-    ] = 42,
-    rank: Annotated[int, _option(_TRAIN, "Of the adapters; 0 trains none.")] = 16,
-    alpha: Annotated[float, _option(_TRAIN, "Adapters are scaled by alpha / rank.")] = 16.0,
-    adapter: Annotated[
-        str, _option(_TRAIN, "pooled: merged; lora: the paper's, kept beside the base.")
-    ] = "pooled",
-    lr: Annotated[
-        float | None, _option(_TRAIN, "Learning rate. (default: 1e-4 x 4096 / hidden size)")
+    val_ratio: Annotated[
+        float | None, _option(_DATA, "Share of rows held out of the training. (default: 0.2)")
     ] = None,
-    steps: Annotated[int, _option(_TRAIN, "Updates at most.")] = 100,
-    batch_size: Annotated[int, _option(_TRAIN, "Rows per update.")] = 8,
-    val_every: Annotated[int, _option(_TRAIN, "Updates between validations.")] = 25,
-    patience: Annotated[int, _option(_TRAIN, "Validations without a gain before stopping.")] = 5,
+    seed: Annotated[
+        int | None,
+        _option(
+            _DATA, "Of rows, their order, and the adapters. (default: 42)", min=0, max=2**32 - 1
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, _option(_TRAIN, "Of the adapters; 0 trains nothing. (default: 16)")
+    ] = None,
+    alpha: Annotated[
+        float | None, _option(_TRAIN, "Adapters are scaled by alpha / rank. (default: 16)")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        _option(
+            _TRAIN, "pooled: merged; lora: the paper's, kept beside the base. (default: pooled)"
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        _option(
+            _TRAIN,
+            "none, adapters, scales, adapters+scales, or all (scales and minima, full rank). "
+            "(default: adapters+scales; adapters for lora)",
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        _option(
+            _TRAIN,
+            "Terms mse, ce, kl joined by +, each with an optional weight: mse+ce, 0.5*mse+kl. "
+            "(default: kl)",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        _option(_TRAIN, "What mse compares: post-norm, pre-norm, or logits. (default: post-norm)"),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        _option(_TRAIN, "Learning rate of adapters. (default: 1e-4 x 4096 / hidden size)"),
+    ] = None,
+    scales_lr: Annotated[
+        float | None,
+        _option(_TRAIN, "Of scales and minima, relative to their size. (default: 10 x --lr's)"),
+    ] = None,
+    schedule: Annotated[
+        str | None, _option(_TRAIN, "decay or constant learning rate. (default: decay)")
+    ] = None,
+    steps: Annotated[int | None, _option(_TRAIN, "Updates at most. (default: 100)")] = None,
+    batch_size: Annotated[int | None, _option(_TRAIN, "Rows per update. (default: 8)")] = None,
+    val_every: Annotated[
+        int | None, _option(_TRAIN, "Updates between validations. (default: 25)")
+    ] = None,
+    patience: Annotated[
+        int | None, _option(_TRAIN, "Validations without a gain before stopping. (default: 5)")
+    ] = None,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -135,38 +208,45 @@ def _convert_options(
 ) -> "ConvertOptions":
     from rilq.converter.options import ConvertOptions
 
-    return ConvertOptions(
+    return ConvertOptions.of_recipe(
+        recipe,
         model=model,
         revision=revision,
         bits=bits,
         group_size=group_size,
         quantizer=quantizer,
-        clip=clip,  # type: ignore[arg-type]  # checked by ConvertOptions, as are the next ones
-        zero_point=zero_point,  # type: ignore[arg-type]
+        clip=clip,
+        layer_steps=layer_steps,
+        zero_point=zero_point,
         skip=tuple(skip or ()),
         bits_for=tuple(_pattern_bits(text) for text in bits_for or ()),
         dataset=tuple(dataset or ("c4",)),
         text_key=text_key,
-        rows=rows,  # type: ignore[arg-type]
+        rows=rows,
         nsamples=nsamples,
         seqlen=seqlen,
         val_ratio=val_ratio,
         seed=seed,
         rank=rank,
         alpha=alpha,
-        adapter=adapter,  # type: ignore[arg-type]
+        adapter=adapter,
+        train=train,
+        loss=loss,
+        target=target,
         learning_rate=lr,
+        scales_learning_rate=scales_lr,
+        schedule=schedule,
         steps=steps,
         batch_size=batch_size,
         val_every=val_every,
         patience=patience,
         device=device,
-        dtype=dtype,  # type: ignore[arg-type]
-        student=student,  # type: ignore[arg-type]
+        dtype=dtype,
+        student=student,
         max_shard_size=max_shard_size,
         output_dir=output_dir,
         work_dir=work_dir,
-        resume=resume,  # type: ignore[arg-type]
+        resume=resume,
         keep_work=keep_work,
     )
 
@@ -366,7 +446,8 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
                         f"{plan.validation_rows} for validation"),
         ("compute", f"{choices.dtype} on {choices.device}, student {choices.student}, "
                     f"micro-batch {choices.micro_batch}"),
-        ("learning rate", f"{choices.learning_rate:.3g}"),
+        ("learning rate", f"{choices.learning_rate:.3g} of adapters, "
+                          f"{choices.scales_learning_rate:.3g} of scales"),
         ("reads", gigabytes(plan.read_bytes)),
         ("peak memory", memory + ", at most, above the interpreter's own"),
         *(("disk", f"{gigabytes(d.needed)} of {gigabytes(d.free)} free on {d.volume} "

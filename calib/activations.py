@@ -5,7 +5,7 @@ Shape, dtype and checksum are kept by whoever wrote it, in the journal. Reading 
 reads into fresh memory and not through a mapping, because mapped pages count as resident memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -254,7 +254,7 @@ class ActivationStore:
         )
 
 
-def prefetch(reads: Iterable[Callable[[], T]]) -> Iterator[T]:
+def prefetch(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
     """Results of `reads` in order; while the caller works on one, the next is being read.
 
     One background thread, one result ahead. An exception of a read is raised when its turn comes.

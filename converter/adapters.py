@@ -80,6 +80,19 @@ class Adapter(nn.Module):
         down = F.linear(x, self.a.to(x.dtype))
         return F.linear(down, (self.b * self.spec.scaling).to(x.dtype))
 
+    def shift(self) -> Tensor:
+        """What a pooled adapter adds to the minima: `c * B A`, `[out_features, groups]` float32."""
+        return pooled_shift(self.a, self.b, self.spec)
+
+
+def pooled_shift(a: Tensor, b: Tensor, spec: AdapterSpec) -> Tensor:
+    """`c * B A`, `[out_features, groups]`: what a pooled adapter adds to its linear's minima.
+
+    Source: QA-LoRA, Xu et al. 2024 (arXiv:2309.14717), section 3.3.
+    """
+    assert spec.kind == "pooled", "a plain LoRA is no addition to minima"
+    return spec.scaling * (b @ a)
+
 
 def learning_rate(hidden_size: int) -> float:
     """The default peak learning rate for a model of that width: `1e-4 * 4096 / hidden`.
@@ -90,6 +103,16 @@ def learning_rate(hidden_size: int) -> float:
     1e-2, for widths below any that was measured (docs/recipes.md).
     """
     return min(1e-2, 1e-4 * 4096 / hidden_size)
+
+
+def scales_learning_rate(hidden_size: int) -> float:
+    """The default peak learning rate of scales and minima: ten times that of adapters.
+
+    They are trained relative to their size, and so move by this part of it per step. EfficientQAT
+    (arXiv:2407.11062) trains the scales of models of width 4096 at about 1e-3 of their size; at
+    widths 64 and 128 a rate of 1e-2 was the best of those tried (docs/recipes.md).
+    """
+    return min(1e-2, 10 * learning_rate(hidden_size))
 
 
 def _seed_of(seed: int, name: str) -> int:

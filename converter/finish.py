@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rilq.converter import workdir
 from rilq.converter.adapters import AdapterSpec
-from rilq.converter.merge import merged_zero_point
+from rilq.converter.merge import merged_grid
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.lora import write_peft_adapter
@@ -33,28 +33,33 @@ from rilq.formats.writer import (
 )
 from rilq.progress import Reporter
 
+_GRID = ("weight_scale", "zero_point")  # the tensors of a linear that training changes
+
 
 class QuantizedParts:
-    """The quantized checkpoint as the work folder holds it, with or without its adapters merged.
+    """The quantized checkpoint as the work folder holds it, with or without the training merged.
 
     Args:
         work: with all layers done.
         layers: number of decoder layers.
-        adapters: best adapters by `<linear>.a` and `<linear>.b`, float32; None to merge nothing.
-        spec: of the adapters.
+        trained: what was trained, by `<linear>.<part>`, float32; None to merge nothing.
+        spec: of the adapters among it.
     """
 
     def __init__(
         self,
         work: WorkDir,
         layers: int,
-        adapters: Mapping[str, Tensor] | None = None,
+        trained: Mapping[str, Tensor] | None = None,
         spec: AdapterSpec | None = None,
     ) -> None:
         self.files = [work.file("outer.safetensors")]
         self.files += [work.file(f"layer-{i:04d}.safetensors") for i in range(layers)]
         self.spec = spec
-        self.adapters = adapters or {}
+        self._trained: dict[str, dict[str, Tensor]] = {}
+        for name, value in (trained or {}).items():
+            linear, _, part = name.rpartition(".")
+            self._trained.setdefault(linear, {})[part] = value
         self.layout: dict[str, TensorLayout] = {}
         self._file_of: dict[str, Path] = {}
         for path in self.files:
@@ -69,32 +74,24 @@ class QuantizedParts:
     def layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of one decoder layer."""
         tensors = load_file(self.files[index + 1])
-        return {name: self._merged(name, value, tensors) for name, value in tensors.items()}
+        for linear in {name.rpartition(".")[0] for name in tensors} & self._trained.keys():
+            tensors |= self._merged(linear, tensors)
+        return tensors
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, as it is stored in the output."""
+        linear, _, part = name.rpartition(".")
         with safe_open(self._file_of[name], framework="pt") as file:
+            if linear in self._trained and part in _GRID:
+                grid = {key: file.get_tensor(key) for key in (f"{linear}.{p}" for p in _GRID)}
+                return self._merged(linear, grid)[name]
             value: Tensor = file.get_tensor(name)
-            linear = _linear_of(name)
-            if linear is None or f"{linear}.a" not in self.adapters:
-                return value
-            return self._merged(name, value, {s: file.get_tensor(s) for s in [_scale(linear)]})
-
-    def _merged(self, name: str, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        linear = _linear_of(name)
-        if linear is None or f"{linear}.a" not in self.adapters:
             return value
-        assert self.spec is not None, "adapters without their spec"
-        a, b = self.adapters[f"{linear}.a"], self.adapters[f"{linear}.b"]
-        return merged_zero_point(tensors[_scale(linear)], value, a, b, self.spec)
 
-
-def _linear_of(name: str) -> str | None:
-    return name.removesuffix(".zero_point") if name.endswith(".zero_point") else None
-
-
-def _scale(linear: str) -> str:
-    return f"{linear}.weight_scale"
+    def _merged(self, linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        keys = [f"{linear}.{part}" for part in _GRID]
+        grid = merged_grid(tensors[keys[0]], tensors[keys[1]], self._trained[linear], self.spec)
+        return dict(zip(keys, grid, strict=True))
 
 
 def write_output(

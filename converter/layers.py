@@ -6,13 +6,14 @@ transformers' own forward pass, so that nothing about an architecture is written
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rilq.converter.architecture import build_skeleton, decoder_layers, load_config, native_config
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
@@ -179,9 +180,21 @@ class StreamedModel:
         """First hidden states `[rows, seq_len, hidden]` of token rows `[rows, seq_len]`."""
         return self._record(input_ids=tokens.to(self.device))[0].hidden
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Decoder layer `index` (loaded) on hidden states `[rows, seq_len, hidden]`."""
-        out = self.layers[index](hidden, **self._calls[index])
+    def run(
+        self, index: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Decoder layer `index` (loaded) on hidden states `[rows, seq_len, hidden]`.
+
+        Args:
+            weights: in the place of some of the layer's own, by the full name of their linear.
+        """
+        layer, call = self.layers[index], self._calls[index]
+        if weights is None:
+            out = layer(hidden, **call)
+        else:
+            start = len(f"{self.prefix}.{index}.")
+            own = {f"{name[start:]}.weight": weight for name, weight in weights.items()}
+            out = functional_call(layer, own, (hidden,), call)
         out = out[0] if isinstance(out, tuple) else out
         if out.shape != hidden.shape:
             raise UnsupportedArchitectureError(

@@ -1,30 +1,73 @@
-"""Fold trained pooled adapters into the zero-points of their linears."""
+"""Fold what was trained into the scales and zero-points of its linear: the same size, no cost."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rilq.converter.adapters import AdapterSpec
+from rilq.converter.adapters import AdapterSpec, pooled_shift
+
+LARGEST, SMALLEST = 65504.0, 2.0**-24  # of float16's positive numbers
+LARGEST_CHANGE = 8.0  # of a scale's logarithm: beyond it no training is sane, and exp overflows
 
 
-def merged_zero_point(
-    scale: Tensor, zero_point: Tensor, a: Tensor, b: Tensor, spec: AdapterSpec
-) -> Tensor:
-    """The zero-points that hold a pooled adapter; codes and scales stay as they are.
-
-    The adapter adds `c * B A` to the groups' minima `m = -s * z`, so `z' = z - c * B A / s`,
-    computed in float32. Storing it in float16 is the only rounding.
+def trained_grid(
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    log_scale: Tensor | None,
+    offset: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point in float32 that mean `s * (e^t * (code - z) + d) + shift`.
 
     Args:
-        scale, zero_point: `[out_features, groups]` float16.
-        a, b: `[rank, groups]` and `[out_features, rank]` float32.
-        spec: of the adapter; its scaling is `c`.
+        scale, zero_point: `s` and `z` as stored, `[out_features, groups]`.
+        log_scale, offset: `t` and `d`, float32, alike; None for zero.
+        shift: what a pooled adapter adds to the minima, alike; None for nothing.
 
     Returns:
-        `[out_features, groups]` float16.
-
-    Source: QA-LoRA, Xu et al. 2024 (arXiv:2309.14717), section 3.3.
+        Two of `[out_features, groups]` float32, differentiable in what was trained.
     """
-    assert spec.kind == "pooled", "a plain LoRA is no addition to minima"
-    shift = spec.scaling * (b @ a) / scale.float()
-    limit = torch.finfo(torch.float16).max
-    return (zero_point.float() - shift).clamp(-limit, limit).half()
+    scale, zero_point = scale.float(), zero_point.float()
+    new_scale = scale
+    if log_scale is not None:
+        new_scale = scale * log_scale.clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp()
+    if offset is not None:
+        shift = scale * offset if shift is None else shift + scale * offset
+    return new_scale, zero_point if shift is None else zero_point - shift / new_scale
+
+
+def merged_grid(
+    scale: Tensor,
+    zero_point: Tensor,
+    trained: Mapping[str, Tensor],
+    spec: AdapterSpec | None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point that hold what was trained; the codes stay as they are.
+
+    Storing them in float16 is the only rounding; the minimum is kept by the zero-point, which is
+    computed for the rounded scale.
+
+    Args:
+        scale, zero_point: as stored, `[out_features, groups]` float16.
+        trained: of this linear, float32: `log_scale`, `offset`, a pooled adapter's `a` and `b`.
+        spec: of the adapter.
+
+    Returns:
+        Two of `[out_features, groups]` float16, finite.
+    """
+    shift = None
+    if "a" in trained:
+        assert spec is not None, "an adapter without its spec"
+        shift = pooled_shift(trained["a"], trained["b"], spec)
+    exact_scale, exact_zero = trained_grid(
+        scale,
+        zero_point,
+        log_scale=trained.get("log_scale"),
+        offset=trained.get("offset"),
+        shift=shift,
+    )
+    stored = exact_scale.clamp(SMALLEST, LARGEST).to(torch.float16)
+    zero = exact_zero * (exact_scale / stored.float())
+    return stored, zero.clamp(-LARGEST, LARGEST).to(torch.float16)

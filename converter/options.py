@@ -14,10 +14,45 @@ from rilq.errors import OptionError
 from rilq.formats.spec import BITS, GROUP_SIZES, QuantSpec
 
 AdapterKind = Literal["pooled", "lora"]
-Clip = Literal["none", "search"]
+Clip = Literal["none", "search", "lsq"]
 Tier = Literal["dense", "packed"]
-DEFAULT_CLIP: dict[str, Clip] = {"rtn": "none", "gptq": "search"}
+Train = Literal["none", "adapters", "scales", "adapters+scales", "all"]
+Target = Literal["post-norm", "pre-norm", "logits"]
+Schedule = Literal["decay", "constant"]
+# Every quantizer, and the grid that it starts from where none is asked for.
+DEFAULT_CLIP: dict[str, Clip] = {
+    "rtn": "none",
+    "lsq": "lsq",
+    "hqq": "none",
+    "gptq": "lsq",
+    "lwc": "none",
+    "signround": "lsq",
+    "blockap": "lsq",
+}
 QUANTIZERS = tuple(DEFAULT_CLIP)
+OWN_GRID = ("lsq", "hqq", "lwc")  # these find their grid themselves: --clip says nothing to them
+LAYER_QUANTIZERS = ("lwc", "signround", "blockap")  # trained on a decoder layer's output
+
+LOSSES = ("mse", "ce", "kl")
+# Named sets of options, over the defaults of `ConvertOptions`; docs/recipes.md says why.
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {"layer_steps": 40, "steps": 30, "val_every": 15},
+    "default": {},
+    "best": {"layer_steps": 200, "train": "all", "steps": 300},
+    "paper": {
+        "quantizer": "rtn",
+        "zero_point": "integer",
+        "adapter": "lora",
+        "train": "adapters",
+        "loss": "mse+ce",
+        "learning_rate": 1e-4,
+        "schedule": "constant",
+        "steps": 1250,
+        "rows": "documents",
+        "nsamples": 320,
+        "seqlen": 512,
+    },
+}
 
 DEFAULT_ROWS = 320  # rows of the paper's calibration set
 DEFAULT_SEQLEN = 512
@@ -33,11 +68,13 @@ class ConvertOptions:
 
     model: str
     revision: str | None = None
+    recipe: str = "default"
     # the base
     bits: int = 2
     group_size: int = 64
-    quantizer: str = "gptq"
+    quantizer: str = "blockap"
     clip: Clip | None = None
+    layer_steps: int = 100
     zero_point: Literal["real", "integer"] = "real"
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
@@ -49,11 +86,16 @@ class ConvertOptions:
     seqlen: int | None = None
     val_ratio: float = 0.2
     seed: int = 42
-    # the adapters
+    # the training
     rank: int = 16
     alpha: float = 16.0
     adapter: AdapterKind = "pooled"
+    train: Train | None = None
+    loss: str = "kl"
+    target: Target = "post-norm"
     learning_rate: float | None = None
+    scales_learning_rate: float | None = None
+    schedule: Schedule = "decay"
     steps: int = 100
     batch_size: int = 8
     val_every: int = 25
@@ -71,6 +113,40 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **given: Any) -> ConvertOptions:
+        """A recipe's options, with what is `given` (and not None) in the place of its own.
+
+        Raises:
+            OptionError: no such recipe, or impossible values.
+        """
+        if recipe not in RECIPES:
+            raise OptionError(f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(**{"recipe": recipe, **RECIPES[recipe], **chosen})
+
+    @property
+    def trains(self) -> Train:
+        """What is trained: as given, else what adapter and rank allow."""
+        if self.train is not None:
+            return self.train
+        if self.rank == 0:
+            return "none"
+        return "adapters" if self.adapter == "lora" else "adapters+scales"
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are among what is trained."""
+        return self.trains in ("adapters", "adapters+scales")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each term of `loss`; those without a number share what is alike.
+
+        `mse+ce` weighs both 0.5, as the paper; `kl` is 1; `0.2*mse+kl` weighs 0.2 and 1.
+        """
+        return parse_loss(self.loss)
 
     @property
     def output(self) -> Path:
@@ -95,7 +171,7 @@ class ConvertOptions:
                 bits = value
         return QuantSpec(bits, self.group_size, self.zero_point)
 
-    def recipe(self) -> dict[str, Any]:
+    def recorded(self) -> dict[str, Any]:
         """Every option that has an effect on the result, as JSON values without any path."""
         without = {
             "model", "revision", "dataset", "output_dir", "work_dir", "resume", "keep_work",
@@ -116,6 +192,28 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[i:]), pattern) for i in range(len(parts)))
 
 
+def parse_loss(text: str) -> dict[str, float]:
+    """Terms and weights of `mse+ce`, `kl`, `0.5*mse+2*kl`; terms without a weight share 1.
+
+    Raises:
+        OptionError: an unknown term, one named twice, or a weight that is no positive number.
+    """
+    parts = [part.rpartition("*") for part in text.replace(" ", "").split("+")]
+    names = [name for _, _, name in parts]
+    shared = sum(1 for weight, _, _ in parts if not weight) or 1
+    try:
+        weights = {name: float(weight) if weight else 1 / shared for weight, _, name in parts}
+    except ValueError:
+        weights = {}
+    good = all(0 < weight < float("inf") for weight in weights.values())
+    if not good or len(weights) < len(names) or not set(names) <= set(LOSSES):
+        raise OptionError(
+            f"--loss {text}: expected terms out of {', '.join(LOSSES)} joined by +, each with an "
+            "optional weight: mse+ce, kl, 0.5*mse+kl"
+        )
+    return weights
+
+
 def _check(options: ConvertOptions) -> None:
     """Raises OptionError, naming every impossible value at once."""
     o = options
@@ -124,10 +222,14 @@ def _check(options: ConvertOptions) -> None:
         "bits": BITS,
         "group_size": GROUP_SIZES,
         "quantizer": QUANTIZERS,
-        "clip": (None, "none", "search"),
+        "recipe": tuple(RECIPES),
+        "clip": (None, "none", "search", "lsq"),
         "zero_point": ("real", "integer"),
         "rows": ("packed", "documents"),
         "adapter": ("pooled", "lora"),
+        "train": (None, "none", "adapters", "scales", "adapters+scales", "all"),
+        "target": ("post-norm", "pre-norm", "logits"),
+        "schedule": ("decay", "constant"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "student": ("auto", "dense", "packed"),
         "resume": ("auto", "never", "required"),
@@ -136,18 +238,48 @@ def _check(options: ConvertOptions) -> None:
         if getattr(o, key) not in values:
             names = ", ".join(str(v) for v in values if v is not None)
             problems.append(f"{flag(key)} {getattr(o, key)}: expected one of {names}")
-    least = {"nsamples": 2, "seqlen": 2, "steps": 1, "batch_size": 1, "val_every": 1, "patience": 1}
+    least = {
+        "nsamples": 2,
+        "seqlen": 2,
+        "layer_steps": 1,
+        "steps": 1,
+        "batch_size": 1,
+        "val_every": 1,
+        "patience": 1,
+    }
     for key, low in least.items():
         if getattr(o, key) is not None and getattr(o, key) < low:
             problems.append(f"{flag(key)} {getattr(o, key)}: expected at least {low}")
+    if o.rank == 0 and o.train in ("adapters", "adapters+scales"):
+        problems.append(f"--train {o.train}: adapters of --rank 0 are none; expected 1 or more")
+    if o.adapter == "lora" and o.train not in (None, "none", "adapters"):
+        problems.append(
+            f"--train {o.train}: a plain LoRA stays beside a base that does not change\n"
+            "  use --train adapters, or --adapter pooled"
+        )
+    if o.clip is not None and o.quantizer in OWN_GRID:
+        problems.append(f"--clip {o.clip}: --quantizer {o.quantizer} finds its own grid")
+    try:
+        terms = o.loss_weights
+        if o.target == "pre-norm" and "kl" in terms:
+            problems.append(
+                f"--loss {o.loss}: kl needs the states that feed the head\n  use --target post-norm"
+            )
+        if o.target != "post-norm" and "mse" not in terms:
+            problems.append(
+                f"--target {o.target}: is what mse compares, and --loss {o.loss} has no mse"
+            )
+    except OptionError as err:
+        problems.append(str(err))
     if o.rank < 0:
         problems.append(f"--rank {o.rank}: expected 0 (no adapters) or more")
     if not 0 < o.val_ratio < 1:
         problems.append(f"--val-ratio {o.val_ratio}: expected between 0 and 1")
     if not 0 < o.alpha < float("inf"):
         problems.append(f"--alpha {o.alpha}: expected a positive number")
-    if o.learning_rate is not None and not 0 < o.learning_rate < float("inf"):
-        problems.append(f"--lr {o.learning_rate}: expected a positive number")
+    for key in ("learning_rate", "scales_learning_rate"):
+        if (rate := getattr(o, key)) is not None and not 0 < rate < float("inf"):
+            problems.append(f"{flag(key)} {rate}: expected a positive number")
     if not o.dataset:
         problems.append("--dataset: expected at least one")
     for pattern, bits in o.bits_for:
@@ -160,4 +292,5 @@ def _check(options: ConvertOptions) -> None:
 def flag(field_name: str) -> str:
     """The command line's name of an option."""
     assert field_name in {f.name for f in fields(ConvertOptions)}, field_name
-    return {"learning_rate": "--lr"}.get(field_name, "--" + field_name.replace("_", "-"))
+    own = {"learning_rate": "--lr", "scales_learning_rate": "--scales-lr"}
+    return own.get(field_name, "--" + field_name.replace("_", "-"))

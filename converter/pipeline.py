@@ -25,8 +25,9 @@ from rilq.converter.adapters import AdapterSpec
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.layers import StreamedModel
+from rilq.converter.loss import Loss
 from rilq.converter.machine import Machine, measure_machine
-from rilq.converter.options import ConvertOptions, flag
+from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
@@ -140,8 +141,11 @@ class _Conversion:
             AdapterSpec(
                 self.options.adapter, self.options.rank, self.options.alpha, self.options.seed
             )
-            if self.options.rank
+            if self.options.trains_adapters
             else None
+        )
+        self.loss = Loss(
+            **{"mse": 0.0, "ce": 0.0, **self.options.loss_weights}, target=self.options.target
         )
 
     def run(
@@ -155,31 +159,46 @@ class _Conversion:
             tokens,
             self.work,
             StreamOptions(
-                build_quantizer(self.options.quantizer, clip=self.options.clip),
+                build_quantizer(
+                    self.options.quantizer,
+                    clip=self.options.clip,
+                    layer_steps=self.options.layer_steps,
+                ),
                 self.options.spec_for,
                 self.choices.batch_rows,
+                train_rows=len(tokens) - validation,
+                batch_size=self.options.batch_size,
+                micro_batch=self.choices.micro_batch,
+                seed=self.options.seed,
+                target=self.options.target,
             ),
             self.report,
         )
-        stream.run(targets=self.adapter_spec is not None)
+        training = self.options.trains != "none"
+        stream.run(targets=training)
         self.streamed.unload()
         quality: dict[str, Any] = {
             "layer_errors": [
                 r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
             ]
         }
-        recipe = {**self.options.recipe(), "learning_rate": self.choices.learning_rate}
+        recipe = {
+            **self.options.recorded(),
+            "train": self.options.trains,
+            "learning_rate": self.choices.learning_rate,
+            "scales_learning_rate": self.choices.scales_learning_rate,
+        }
         quantization = self.job.plan.quantization(
             recipe, self.options.bits, self.options.group_size
         )
-        adapters: dict[str, Tensor] = {}
-        if self.adapter_spec is not None:
-            if not (ready := self.work.stage("adapters")):
+        trained: dict[str, Tensor] = {}
+        if training:
+            if not (ready := self.work.stage("trained")):
                 self._train(stream, tokens, validation, quantization)
-                ready = self.work.stage("adapters")
+                ready = self.work.stage("trained")
             quality |= ready[-1].facts
-            adapters = load_file(self.work.file("adapters.safetensors"))
-        self._write(adapters, quantization, data, quality, recipe, fingerprint)
+            trained = load_file(self.work.file("trained.safetensors"))
+        self._write(trained, quantization, data, quality, recipe, fingerprint)
         return quality
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
@@ -207,15 +226,19 @@ class _Conversion:
         facts = self.work.stage("rows")[0].facts
         return tokens, {**facts, "rows": len(tokens), "seqlen": tokens.shape[1]}
 
-    def _student(
-        self, parts: QuantizedParts, quantization: RilqConfig, *, adapted: bool
-    ) -> Student:
+    @property
+    def _merging(self) -> bool:
+        """Whether what is trained goes into the base; a plain LoRA stays beside it."""
+        return self.adapter_spec is None or self.adapter_spec.kind == "pooled"
+
+    def _student(self, parts: QuantizedParts, quantization: RilqConfig, *, train: Train) -> Student:
         return Student(
             self.streamed.config,
             quantization,
             read_layer=parts.layer,
             outer=parts.outer(),
-            adapters=self.adapter_spec if adapted else None,
+            train=train,
+            adapters=self.adapter_spec,
             tier=self.choices.student,
             dtype=self.streamed.dtype,
             device=self.streamed.device,
@@ -224,11 +247,10 @@ class _Conversion:
     def _train(
         self, stream: StreamingPass, tokens: Tensor, validation: int, quantization: RilqConfig
     ) -> None:
-        """Train, keep the best adapters, and measure what merging them changes."""
-        spec = self.adapter_spec
-        assert spec is not None, "training needs adapters"
-        student = self._student(QuantizedParts(self.work, self.layers), quantization, adapted=True)
+        """Train, keep the best values, and measure what merging them changes."""
         o = self.options
+        parts = QuantizedParts(self.work, self.layers)
+        student = self._student(parts, quantization, train=o.trains)
         trainer = Trainer(
             student,
             tokens,
@@ -237,6 +259,9 @@ class _Conversion:
             options=TrainOptions(
                 self.choices.learning_rate,
                 o.steps,
+                self.choices.scales_learning_rate,
+                o.schedule,
+                self.loss,
                 o.batch_size,
                 self.choices.micro_batch,
                 o.val_every,
@@ -253,25 +278,25 @@ class _Conversion:
             "validation_loss": trainer.progress.best_loss,
             "best_step": trainer.progress.best_step,
             "steps": trainer.progress.step,
-            # NaN, of adapters that came to nothing, has no place in JSON.
+            # NaN, of a training that came to nothing, has no place in JSON.
             "history": [(s, v if isfinite(v) else None) for s, v in trainer.progress.history],
         }
         self.report.note(
             f"trained: validation loss {facts['validation_loss_before']:.4f} before, "
             f"{facts['validation_loss']:.4f} after step {facts['best_step']}"
         )
-        path = self.work.file("adapters.safetensors")
+        path = self.work.file("trained.safetensors")
         best = dict(trainer.best)
         write_tensors(path, best)
-        if spec.kind == "pooled":
+        if self._merging:
             sample = tokens[-validation:][:COMPARED_ROWS].to(self.streamed.device)
             with torch.no_grad():
-                before = student(sample)[1].cpu()
+                before = student(sample).cpu()
             del student, trainer
-            parts = QuantizedParts(self.work, self.layers, best, spec)
-            merged = self._student(parts, quantization, adapted=False)
+            parts = QuantizedParts(self.work, self.layers, best, self.adapter_spec)
+            merged = self._student(parts, quantization, train="none")
             facts |= self._merge_figures(merged, before, sample, stream, tokens, validation)
-        self.work.commit("adapters", "adapters", facts, files={path: file_hash(path)})
+        self.work.commit("trained", "trained", facts, files={path: file_hash(path)})
 
     def _merge_figures(
         self,
@@ -283,7 +308,7 @@ class _Conversion:
         validation: int,
     ) -> dict[str, Any]:
         with torch.no_grad():
-            after = merged(sample)[1].cpu()
+            after = merged(sample).cpu()
         apart = (after - before).abs()
         figures = {
             "merge_max_logit_difference": apart.max().item(),
@@ -294,13 +319,14 @@ class _Conversion:
                 stream.targets(),
                 rows=range(len(tokens) - validation, len(tokens)),
                 batch=self.choices.micro_batch,
+                loss=self.loss,
                 device=self.streamed.device,
             ),
         }
         self.report.note(
             f"merged: logits differ from the unmerged ones by at most "
             f"{figures['merge_max_logit_difference']:.2g} (mean "
-            f"{figures['merge_mean_logit_difference']:.2g}, float16 rounding of the zero-points)"
+            f"{figures['merge_mean_logit_difference']:.2g}, float16 rounding)"
         )
         return figures
 
@@ -323,7 +349,7 @@ class _Conversion:
 
     def _write(
         self,
-        adapters: dict[str, Tensor],
+        trained: dict[str, Tensor],
         quantization: RilqConfig,
         data: dict[str, Any],
         quality: dict[str, Any],
@@ -331,9 +357,9 @@ class _Conversion:
         fingerprint: dict[str, Any],
     ) -> None:
         spec = self.adapter_spec
-        merging = spec is not None and spec.kind == "pooled"
-        parts = QuantizedParts(self.work, self.layers, adapters if merging else None, spec)
-        lora = (spec, adapters) if spec is not None and not merging else None
+        merged = trained if self._merging else None
+        parts = QuantizedParts(self.work, self.layers, merged, spec)
+        lora = (spec, trained) if spec is not None and not self._merging else None
         manifest = {
             "format_version": quantization.format_version,
             "job": job_hash(fingerprint),
@@ -378,7 +404,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     """Everything that determines the result, as JSON values, one comparable value per key."""
     options, source = job.options, job.checkpoint.source
     return {
-        **{flag(name): value for name, value in options.recipe().items()},
+        **{flag(name): value for name, value in options.recorded().items()},
         "model": options.model if source.commit else "local folder",
         "commit": source.commit,
         **_file_hashes(job.checkpoint),

@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 
-from rilq.converter.adapters import AdapterSpec, learning_rate, parameter_count
+from rilq.converter.adapters import (
+    AdapterSpec,
+    learning_rate,
+    parameter_count,
+    scales_learning_rate,
+)
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, volume_of
 from rilq.converter.options import (
     DEFAULT_CLIP,
     DEFAULT_ROWS,
     DEFAULT_SEQLEN,
+    LAYER_QUANTIZERS,
     ConvertOptions,
     Tier,
     matches,
@@ -34,6 +40,7 @@ STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any 
 # Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
 SEARCH_BYTES = 100 * 9 * 8
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
+LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
 
 
@@ -58,6 +65,7 @@ class Choices:
     batch_rows: int
     micro_batch: int
     learning_rate: float
+    scales_learning_rate: float
     seqlen: int
 
 
@@ -145,9 +153,9 @@ def make_plan(
     choices = _choose(sizes, options, machine, seqlen, config.hidden_size)
     item = getattr(torch, choices.dtype).itemsize
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
-    peak = max(stream, train if options.rank else 0) + FIXED
+    peak = max(stream, train if options.trains != "none" else 0) + FIXED
     on_cpu = machine.device_free is None
-    output = sizes.output_bytes + (sizes.adapter_values * 4 if options.adapter == "lora" else 0)
+    output = sizes.output_bytes + (sizes.trained_values * 4 if options.adapter == "lora" else 0)
     seconds, basis = _time(sizes, options, machine, validation, rows)
     return Plan(
         model=checkpoint.source.label,
@@ -224,11 +232,13 @@ class _Sizes:
     quantized_weights: int
     quantized_bits: int
     output_bytes: int
-    adapter_values: int
+    trained_values: int
+    trains_scales: bool
     rows: int
     seqlen: int
     hessians: bool
     searches: bool
+    learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
 
     @classmethod
     def of(
@@ -264,15 +274,14 @@ class _Sizes:
             output_bytes=int(bits) // 8
             + sum(t.nbytes for n, t in tensors.items() if n in set(outer))
             + sum(tensors[n].nbytes for names in layers for n in names if n not in weights),
-            adapter_values=sum(
-                parameter_count(adapters, p.out_features, p.in_features, options.group_size)
-                for p in quantized
-            )
-            * (options.rank > 0),
+            trained_values=sum(_trained_values(p, options, adapters) for p in quantized),
+            trains_scales=options.trains in ("scales", "adapters+scales", "all"),
             rows=rows,
             seqlen=seqlen,
-            hessians=options.quantizer != "rtn",
-            searches=(options.clip or DEFAULT_CLIP[options.quantizer]) == "search",
+            hessians=options.quantizer in ("gptq", "lsq"),
+            searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
+            learned_values=max(_values(streamed, names) for names in layers)
+            * (options.quantizer in LAYER_QUANTIZERS),
         )
 
     def states_bytes(self, item: int) -> int:
@@ -289,27 +298,48 @@ class _Sizes:
         """
         layer = self.layer_bytes + self.layer_values * item
         quantizer = 8 * 4 * self.largest_linear
+        if self.learned_values:
+            # The weights, what is trained with gradient and moments, and what a step keeps.
+            quantizer += LEARNED_COPIES * 4 * self.learned_values
+            quantizer += 3 * self.activations(choices.micro_batch, item)
         hessian = 4 * 4 * self.widest_input**2 if self.hessians else 0
         outer = self.outer_bytes + self.outer_values * item
         batch = 2 * self.activations(choices.batch_rows, item)
         return max(outer, layer + quantizer + hessian + batch)
 
     def train_bytes(self, item: int, choices: Choices) -> int:
-        """Weights, adapters with Adam and the best copy, checkpointed activations, logits."""
+        """Weights, what is trained with Adam and the best copy, activations, logits."""
         weights = self.output_bytes
-        if choices.student == "dense":
+        if choices.student == "dense" and self.trains_scales:  # a byte for each code
+            weights += self.quantized_weights + 3 * 4 * self.trained_values
+        elif choices.student == "dense":
             weights = self.outer_values * item + self.layers * self.layer_values * item
         tokens = choices.micro_batch * self.seqlen
         kept = self.layers * tokens * self.hidden * item
         logits = 3 * tokens * self.vocabulary * 4
         work = 3 * self.activations(choices.micro_batch, item)
-        dequantized = 0 if choices.student == "dense" else 2 * 4 * self.largest_linear
-        return weights + 7 * 4 * self.adapter_values + kept + logits + work + dequantized
+        once = choices.student == "dense" and not self.trains_scales
+        dequantized = 0 if once else (5 if self.trains_scales else 2) * 4 * self.largest_linear
+        return weights + 7 * 4 * self.trained_values + kept + logits + work + dequantized
 
     def work_bytes(self, item: int, options: ConvertOptions) -> int:
         """Layers and outer tensors, four sets of states (or targets), two training states."""
         states = 5 * self.states_bytes(item)
-        return self.output_bytes + states + 2 * 4 * 4 * self.adapter_values + (4 << 20)
+        return self.output_bytes + states + 2 * 4 * 4 * self.trained_values + (4 << 20)
+
+
+def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
+    """Values that are trained for one linear."""
+    out, width, size = linear.out_features, linear.in_features, options.group_size
+    grid = out * (width // size)
+    of_adapter = parameter_count(adapters, out, width, size)
+    return {
+        "none": 0,
+        "adapters": of_adapter,
+        "scales": grid,
+        "adapters+scales": of_adapter + grid,
+        "all": 2 * grid,
+    }[options.trains]
 
 
 def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
@@ -383,13 +413,18 @@ def _check(
 def _notes(options: ConvertOptions, quantized: tuple[LinearPlan, ...]) -> tuple[str, ...]:
     notes = []
     groups = [p.in_features // options.group_size for p in quantized]
-    if options.rank and options.adapter == "pooled" and groups and options.rank > min(groups):
+    if (
+        options.trains_adapters
+        and options.adapter == "pooled"
+        and groups
+        and options.rank > min(groups)
+    ):
         limited = Counter(g for g in groups if g < options.rank)
         notes.append(
             f"rank {options.rank}: a pooled adapter's effective rank is min(rank, groups): "
             + ", ".join(f"{g} in {n} linears" for g, n in sorted(limited.items()))
         )
-    if options.rank and options.adapter == "lora":
+    if options.trains_adapters and options.adapter == "lora":
         notes.append("a plain LoRA cannot be merged; it is kept beside the base as a PEFT folder")
     return tuple(notes)
 
@@ -404,9 +439,10 @@ def _choose(
     tiers: list[Tier] = ["dense", "packed"] if options.student == "auto" else [options.student]
     micros = [m for m in range(options.batch_size, 0, -1) if options.batch_size % m == 0]
     rate = options.learning_rate or learning_rate(hidden)
+    scales_rate = options.scales_learning_rate or scales_learning_rate(hidden)
     batch_rows = max(1, STREAM_TOKENS // seqlen)
     tries = [
-        Choices(dtype, str(machine.device), tier, batch_rows, micro, rate, seqlen)
+        Choices(dtype, str(machine.device), tier, batch_rows, micro, rate, scales_rate, seqlen)
         for tier in tiers
         for micro in micros
     ]
@@ -445,7 +481,9 @@ def _time(
     passes = 2 + (2.5 if sizes.hessians else 0)  # teacher, student; partial ones for Hessians
     validations = options.steps // options.val_every + 2
     trained = (options.steps * options.batch_size * 3 + validations * validation) * sizes.seqlen
-    trained = trained if options.rank else 0
+    trained = trained if options.trains != "none" else 0
+    learned = options.layer_steps * options.batch_size * sizes.seqlen * (sizes.learned_values > 0)
+    trained += learned * 3  # forward and backward, in each layer
     attention = 4.0 * sizes.layers * sizes.seqlen * sizes.hidden  # per token, both products
     flops = (2.0 * weights + attention) * (tokens * passes + trained)
     flops += 2.0 * sizes.vocabulary * sizes.hidden * trained

@@ -6,20 +6,24 @@ run the student with it, commit. A packing fault thus shows at layer 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rilq.calib.activations import ActivationStore, ActivationWriter
-from rilq.calib.statistics import HessianSum
+from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
+from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
-from rilq.converter.quantizers import Quantizer
+from rilq.converter.options import Target
+from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
+from rilq.converter.train import row_order
 from rilq.converter.workdir import WorkDir
 from rilq.errors import CheckpointError, RilqError
 from rilq.formats.checkpoint import Checkpoint
@@ -39,11 +43,20 @@ class StreamOptions:
         quantizer: of every quantized linear.
         spec_for: full module name to spec; None leaves a linear as it is.
         batch_rows: calibration rows that run at once.
+        train_rows: the first so many rows may be trained on, by quantizers that train.
+        batch_size, micro_batch: rows of an update, and of one forward pass of it.
+        seed: of the order of rows.
+        target: what is cached for training: after the final norm, or before it.
     """
 
-    quantizer: Quantizer
+    quantizer: Quantizer | LayerQuantizer
     spec_for: Callable[[str], QuantSpec | None]
     batch_rows: int
+    train_rows: int
+    batch_size: int = 8
+    micro_batch: int = 8
+    seed: int = 42
+    target: Target = "post-norm"
 
 
 class StreamingPass:
@@ -119,7 +132,7 @@ class StreamingPass:
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
             path = self.work.file(f"layer-{index:04d}.safetensors")
-            write_tensors(path, self._quantize(index, tensors, student))
+            write_tensors(path, self._quantize(index, tensors, student, self._store(next_teacher)))
             self._use_saved(index, load_file(path))
             student_digest, error = self._propagate_compared(
                 index, student, next_student, self._store(next_teacher)
@@ -135,40 +148,110 @@ class StreamingPass:
         return error
 
     def _quantize(
-        self, index: int, tensors: dict[str, Tensor], student: ActivationStore
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        student: ActivationStore,
+        wanted: ActivationStore,
     ) -> dict[str, Tensor]:
-        """Quantize a loaded layer's linears; all of its tensors as they will be stored.
-
-        Linears are taken in the order in which they run, those that share an input together, so
-        that each sees what the quantized ones before it produce.
-        """
-        linears = {
-            name: module
-            for name, module in self.streamed.linears(index).items()
-            if self.options.spec_for(name) is not None
-        }
-        saved = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
-        if not linears:
+        """Quantize a loaded layer's linears; all of its tensors as they will be stored."""
+        specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
+        saved = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in specs}
+        if not specs:
             return saved
+        quantizer = self.options.quantizer
+        if isinstance(quantizer, LayerQuantizer):
+            return saved | self._train_layer(quantizer, index, tensors, specs, student, wanted)
+        return saved | self._by_groups(quantizer, index, tensors, specs, student)
+
+    def _by_groups(
+        self,
+        quantizer: Quantizer,
+        index: int,
+        tensors: dict[str, Tensor],
+        specs: dict[str, QuantSpec],
+        student: ActivationStore,
+    ) -> dict[str, Tensor]:
+        """One weight after the other, those that share an input together.
+
+        They are taken in the order in which they run, so that each sees what the quantized ones
+        before it produce.
+        """
+        linears = {n: m for n, m in self.streamed.linears(index).items() if n in specs}
         probe = student.read(0, 1).to(self.streamed.device)
+        saved: dict[str, Tensor] = {}
         for group in input_groups(self.streamed, index, linears, probe):
             prepared = None
-            if self.options.quantizer.needs_hessian:
+            if quantizer.needs_hessian:
                 hessian = self._hessian(index, linears[group[0]], student)
                 with _named(group[0]):
-                    prepared = self.options.quantizer.prepare(hessian)
+                    prepared = quantizer.prepare(hessian)
                 del hessian
             for name in group:
-                spec = self.options.spec_for(name)
-                assert spec is not None, name
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
-                    quantized = self.options.quantizer.quantize(weight, spec, prepared)
+                    quantized = quantizer.quantize(weight, specs[name], prepared)
                 native = native_tensors(name, quantized)
-                _assign(linears[name], native, name, spec)
+                _assign(linears[name], native, name, specs[name])
                 saved |= {n: t.cpu() for n, t in native.items()}
             return_free_memory()
         return saved
+
+    def _train_layer(
+        self,
+        quantizer: LayerQuantizer,
+        index: int,
+        tensors: dict[str, Tensor],
+        specs: dict[str, QuantSpec],
+        student: ActivationStore,
+        wanted: ActivationStore,
+    ) -> dict[str, Tensor]:
+        """All linears together, on the layer's output."""
+        device, o = self.streamed.device, self.options
+        order = row_order(o.train_rows, o.seed + index)
+
+        def read() -> list[tuple[Tensor, Tensor]]:
+            rows = [next(order) for _ in range(o.batch_size)]
+            parts = [rows[i : i + o.micro_batch] for i in range(0, len(rows), o.micro_batch)]
+            return [(student.gather(part), wanted.gather(part)) for part in parts]
+
+        squares = self._squares(index, specs, student)
+        with (
+            _named(f"{self.streamed.prefix}.{index}"),
+            closing(prefetch(repeat(read))) as batches,
+        ):
+            quantized = quantizer.quantize_layer(
+                LayerTask(
+                    {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in specs},
+                    specs,
+                    squares,
+                    run=partial(self.streamed.run, index),
+                    batches=([(x.to(device), y.to(device)) for x, y in b] for b in batches),
+                )
+            )
+        return {
+            n: t.cpu()
+            for name, linear in quantized.items()
+            for n, t in native_tensors(name, linear).items()
+        }
+
+    def _squares(
+        self, index: int, names: Iterable[str], student: ActivationStore
+    ) -> dict[str, Tensor]:
+        """Mean squares `[in_features]` of the inputs of a loaded layer's linears, over all rows."""
+        linears = self.streamed.linears(index)
+        sums = {name: SquareSum(linears[name].in_features, self.streamed.device) for name in names}
+        handles = [
+            linears[name].register_forward_pre_hook(lambda _module, args, s=each: s.add(args[0]))
+            for name, each in sums.items()
+        ]
+        try:
+            for _, batch in student.batches(self.options.batch_rows):
+                self.streamed.run(index, batch.to(self.streamed.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: each.value() for name, each in sums.items()}
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
@@ -206,16 +289,21 @@ class StreamingPass:
         return writer.digest, apart / norm if norm else 0.0
 
     def _targets(self) -> None:
-        """What feeds the head in the full-precision model; then it is never needed again."""
+        """The end of the full-precision model, which is never needed again."""
         path = self.work.file("targets.bin")
         source = self._store(self._states("teacher", len(self.streamed.layers)))
         with self._writer(path, "the final norm") as writer:
             for _, batch in source.batches(self.options.batch_rows):
-                writer.append(self.streamed.final_norm(batch.to(self.streamed.device)))
+                if self.options.target != "pre-norm":
+                    batch = self.streamed.final_norm(batch.to(self.streamed.device))
+                writer.append(batch)
         self.work.commit("layers", "targets", {}, files={path: writer.digest})
 
     def targets(self) -> ActivationStore:
-        """The teacher's final hidden states, `[rows, seq_len, hidden]` in the compute dtype."""
+        """The teacher's final hidden states, `[rows, seq_len, hidden]` in the compute dtype.
+
+        What feeds the head, or what comes before the final norm, as `StreamOptions.target` says.
+        """
         return self._store(self.work.file("targets.bin"))
 
     def _states(self, who: str, index: int) -> Path:

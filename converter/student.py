@@ -1,22 +1,27 @@
-"""The quantized model to train: frozen 2-bit linears with adapters, whole in memory.
+"""The quantized model to train: 2-bit linears whose codes are frozen, whole in memory.
 
-Two tiers hold the same weights: `dense` dequantizes them once, `packed` keeps the codes and
-dequantizes in every forward and backward pass. Their losses and gradients agree to float rounding.
+Two tiers hold the same weights: `packed` keeps the packed codes and dequantizes in every forward
+and backward pass; `dense` dequantizes them once or, where scales are trained, keeps a byte for each
+code. Their losses and gradients agree to float rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.architecture import build_skeleton, decoder_layers
 from rilq.converter.layers import place_buffers, place_tensor
-from rilq.converter.options import Tier
-from rilq.formats.native import RilqConfig, RilqLinear
+from rilq.converter.merge import trained_grid
+from rilq.converter.options import Tier, Train
+from rilq.formats.native import RilqConfig, RilqLinear, packed_linear
+from rilq.formats.packing import stored_codes
 
 
 class AdaptedLinear(nn.Module):
@@ -32,6 +37,61 @@ class AdaptedLinear(nn.Module):
         return out
 
 
+class TrainedLinear(nn.Module):
+    """A quantized linear whose scales are trained, with what moves its minima.
+
+    `W = s * (e^t * (code - zero_point) + d) + c * B A`: stored scale `s` and zero-point, trained
+    `t` and, without an adapter, `d`; or a pooled adapter's `c * B A`. Every term is one value per
+    group, so that all of it merges into scale and zero-point (merge.py). `t` and `d` start at zero
+    and have no unit, so one learning rate serves weights of any size.
+
+    Attributes:
+        log_scale: `t`, `[out_features, groups]` float32.
+        offset: `d`, alike, in steps of the stored scale; None with an adapter or a fixed minimum.
+        adapter: a pooled one, or None.
+    """
+
+    def __init__(
+        self, module: RilqLinear, *, offsets: bool, adapter: Adapter | None, tier: Tier
+    ) -> None:
+        super().__init__()
+        self.bits, self.bias = module.bits, module.bias
+        codes = module.weight if tier == "packed" else stored_codes(module.weight, module.bits)
+        self.register_buffer("codes", codes.detach())
+        self.register_buffer("scale", module.weight_scale.float())
+        self.register_buffer("zero_point", module.zero_point.float())
+        zeros = torch.zeros_like(module.weight_scale, dtype=torch.float32)
+        self.log_scale = nn.Parameter(zeros)
+        self.offset = nn.Parameter(zeros.clone()) if offsets else None
+        self.adapter = adapter
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W^T + bias`, `[..., in_features]` to `[..., out_features]`."""
+        scale, zero_point = trained_grid(
+            self.scale,
+            self.zero_point,
+            log_scale=self.log_scale,
+            offset=self.offset,
+            shift=self.adapter.shift() if self.adapter else None,
+        )
+        return packed_linear(x, self.codes, scale, zero_point, self.bias, self.bits)
+
+
+class _Given(nn.Module):
+    """Stands in for the decoder: its final hidden states are given, the head does the rest."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, **_: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
 class Student(nn.Module):
     """transformers' own model over quantized weights.
 
@@ -40,11 +100,13 @@ class Student(nn.Module):
         quantization: which linears are quantized and how.
         read_layer: native tensors of decoder layer `i` by full name.
         outer: embedding, final norm, head by full name.
-        adapters: what to put beside each quantized linear; None for none.
+        train: what is trained of every quantized linear.
+        adapters: of those that are trained; None for none.
         tier: "dense" or "packed".
 
     Attributes:
-        adapters: every `Adapter` by the full name of its linear.
+        trained: what is trained, float32, by `<full name of the linear>.<part>`: `a` and `b` of
+            an adapter, `log_scale` and `offset` of a `TrainedLinear`.
     """
 
     def __init__(
@@ -54,6 +116,7 @@ class Student(nn.Module):
         *,
         read_layer: Callable[[int], dict[str, Tensor]],
         outer: dict[str, Tensor],
+        train: Train,
         adapters: AdapterSpec | None,
         tier: Tier,
         dtype: torch.dtype,
@@ -61,7 +124,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model = build_skeleton(config, dtype, quantization)
-        self.adapters: dict[str, Adapter] = {}
+        self.trained: dict[str, nn.Parameter] = {}
         prefix, layers = decoder_layers(self.model, config)
         for name, value in outer.items():
             place_tensor(self.model, name, value, device)
@@ -72,48 +135,94 @@ class Student(nn.Module):
                 place_tensor(self.model, name, value, device)
             for path, module in list(layer.named_modules()):
                 if isinstance(module, RilqLinear):
-                    base = module if tier == "packed" else _dense(module, dtype)
                     full = f"{prefix}.{index}.{path}"
-                    self.model.set_submodule(full, self._adapted(full, base, module, adapters))
+                    self.model.set_submodule(
+                        full, self._linear(full, module, train, adapters, tier, dtype)
+                    )
             # Only the layer's input is kept; the rest is computed again in the backward pass.
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-        self._final: Tensor | None = None
-        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-        head.register_forward_pre_hook(self._keep_input)
+        self._last: Tensor | None = None
+        layers[-1].register_forward_hook(self._keep_output)
 
-    def _adapted(
-        self, name: str, base: nn.Module, module: RilqLinear, spec: AdapterSpec | None
+    def _linear(
+        self,
+        name: str,
+        module: RilqLinear,
+        train: Train,
+        spec: AdapterSpec | None,
+        tier: Tier,
+        dtype: torch.dtype,
     ) -> nn.Module:
-        if spec is None:
-            return base
-        self.adapters[name] = Adapter(
-            spec,
-            name,
-            out_features=module.out_features,
-            in_features=module.in_features,
-            group_size=module.group_size,
-            device=module.weight.device,
-        )
-        return AdaptedLinear(base, self.adapters[name])
+        """What stands for a quantized linear while training; enters its parts in `trained`."""
+        adapter = None
+        if spec is not None and train in ("adapters", "adapters+scales"):
+            adapter = Adapter(
+                spec,
+                name,
+                out_features=module.out_features,
+                in_features=module.in_features,
+                group_size=module.group_size,
+                device=module.weight.device,
+            )
+            self.trained |= {f"{name}.a": adapter.a, f"{name}.b": adapter.b}
+        if train in ("none", "adapters"):
+            base = module if tier == "packed" else _dense(module, dtype)
+            return base if adapter is None else AdaptedLinear(base, adapter)
+        linear = TrainedLinear(module, offsets=train == "all", adapter=adapter, tier=tier)
+        self.trained[f"{name}.log_scale"] = linear.log_scale
+        if linear.offset is not None:
+            self.trained[f"{name}.offset"] = linear.offset
+        return linear
 
-    def _keep_input(self, _head: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._final = args[0]
+    def _keep_output(
+        self, _layer: nn.Module, _args: object, output: Tensor | tuple[Tensor]
+    ) -> None:
+        self._last = output[0] if isinstance(output, tuple) else output
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states (what feeds the head) and float32 logits.
+    def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states before and after the final norm; the latter feed the head.
 
         Args:
             tokens: `[rows, seq_len]`.
 
         Returns:
-            `[rows, seq_len, hidden]` and `[rows, seq_len, vocabulary]`.
+            Twice `[rows, seq_len, hidden]`.
         """
-        logits = self.model(input_ids=tokens, use_cache=False).logits.float()
-        final, self._final = self._final, None
-        assert final is not None, "the head was not called"
-        return final, logits
+        out = self.model.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
+        before, self._last = self._last, None
+        assert before is not None, "the last decoder layer was not called"
+        return before, out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits of states after the final norm.
+
+        Args:
+            hidden: `[..., hidden]`.
+
+        Returns:
+            `[..., vocabulary]`.
+        """
+        rows = hidden.reshape(1, -1, hidden.shape[-1])
+        with self._decoder_replaced(_Given(rows)):
+            logits: Tensor = self.model(input_ids=None).logits
+        return logits.float().reshape(*hidden.shape[:-1], -1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """float32 logits `[rows, seq_len, vocabulary]` of `tokens [rows, seq_len]`."""
+        return self.logits(self.states(tokens)[1])
+
+    @contextmanager
+    def _decoder_replaced(self, stand_in: nn.Module) -> Iterator[None]:
+        """What transformers does after the decoder (head, scaling, soft caps), and only that."""
+        name = self.model.base_model_prefix
+        decoder = getattr(self.model, name)
+        setattr(self.model, name, stand_in)
+        try:
+            yield
+        finally:
+            setattr(self.model, name, decoder)
 
 
 def _dense(module: RilqLinear, dtype: torch.dtype) -> nn.Linear:

@@ -1,4 +1,4 @@
-"""RILQ's loss and its training loop, resumable to the byte."""
+"""RILQ's training loop, resumable to the byte."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rilq.calib.activations import ActivationStore, prefetch
+from rilq.converter.loss import Loss, discrepancy
+from rilq.converter.options import Schedule
 from rilq.converter.student import Student
 from rilq.errors import RilqError
 from rilq.progress import Reporter
@@ -24,7 +25,10 @@ class TrainOptions:
     """How to train.
 
     Attributes:
-        learning_rate: Adam's peak learning rate.
+        learning_rate: Adam's peak learning rate of adapters.
+        scales_learning_rate: of scales and minima, which are trained relative to their size.
+        schedule: "decay" (see `learning_rate_at`) or "constant".
+        loss: what is minimised.
         steps: updates at most.
         batch_size: rows per update.
         micro_batch: rows per forward pass; gradients add up to those of `batch_size` rows.
@@ -35,6 +39,9 @@ class TrainOptions:
 
     learning_rate: float
     steps: int
+    scales_learning_rate: float = 1e-2
+    schedule: Schedule = "decay"
+    loss: Loss = Loss()
     batch_size: int = 8
     micro_batch: int = 8
     val_every: int = 25
@@ -67,21 +74,6 @@ class Progress:
         return asdict(self)
 
 
-def rilq_loss(hidden: Tensor, logits: Tensor, target: Tensor, tokens: Tensor) -> Tensor:
-    """`0.5 * MSE(final hidden states) + 0.5 * CE(next token)`, a scalar in float32.
-
-    Args:
-        hidden, target: the student's and the teacher's `[rows, seq_len, hidden]`, after the norm.
-        logits: the student's `[rows, seq_len, vocabulary]`, float32.
-        tokens: `[rows, seq_len]`.
-
-    Source: RILQ, Lee et al. 2025 (arXiv:2412.01129), eq. 5 and 6 and its reference code.
-    """
-    mse = F.mse_loss(hidden.float(), target.to(hidden.device).float())
-    ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    return 0.5 * mse + 0.5 * ce
-
-
 def row_order(rows: int, seed: int) -> Iterator[int]:
     """Training rows without end: one seeded permutation after another.
 
@@ -95,21 +87,21 @@ def row_order(rows: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def learning_rate_at(step: int, steps: int, peak: float) -> float:
-    """Warm-up over the first twentieth of `steps`, constant to the half, then linearly to zero.
+def learning_rate_at(step: int, steps: int) -> float:
+    """Part of the peak rate: warm-up over a twentieth, constant to the half, linearly to zero.
 
     The paper keeps the rate constant for up to 1250 updates; docs/recipes.md has what the decay
     gains in 100, and why it is not a cosine.
     """
     warm = max(1, round(0.05 * steps))
-    return peak * min(1.0, (step + 1) / warm, 2 * (1 - step / steps))
+    return min(1.0, (step + 1) / warm, 2 * (1 - step / steps))
 
 
 class Trainer:
-    """Trains a student's adapters against the teacher's final hidden states.
+    """Trains adapters, scales and minima of a student against the teacher's final hidden states.
 
     Args:
-        student: with its adapters.
+        student: with something to train.
         tokens: `[rows, seq_len]` int64; the last `validation` rows are held out.
         targets: the teacher's final hidden states of the same rows, on disk.
         validation: number of held-out rows, at least 1.
@@ -127,14 +119,14 @@ class Trainer:
         self.student, self.tokens, self.targets = student, tokens, targets
         self.options, self.validation = options, validation
         self.train_rows = len(tokens) - validation
-        self.parameters = {
-            f"{name}.{part}": getattr(adapter, part)
-            for name, adapter in student.adapters.items()
-            for part in ("a", "b")
-        }
+        self.parameters = student.trained
         self.device = next(iter(self.parameters.values())).device
+        adapters, scales = [], []
+        for name, parameter in self.parameters.items():
+            (adapters if name.endswith((".a", ".b")) else scales).append(parameter)
+        rates = ((adapters, options.learning_rate), (scales, options.scales_learning_rate))
         self.optimizer = torch.optim.Adam(
-            self.parameters.values(), lr=options.learning_rate, foreach=True
+            [{"params": part, "peak": rate} for part, rate in rates if part], foreach=True
         )
         self.progress = Progress()
         self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
@@ -142,7 +134,7 @@ class Trainer:
     # -- state -------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Adapters, Adam's moments and the best adapters so far, float32 on the CPU."""
+        """What is trained, Adam's moments and the best values so far, float32 on the CPU."""
         state = {f"now.{n}": p.detach().cpu() for n, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -168,7 +160,7 @@ class Trainer:
 
     @torch.no_grad()
     def use_best(self) -> None:
-        """Give the student the best adapters seen."""
+        """Give the student the best values seen."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best[name])
 
@@ -211,12 +203,11 @@ class Trainer:
     def _step(self, batch: list[tuple[Tensor, Tensor]]) -> tuple[float, bool]:
         """One update; the loss, and whether it was finite and so applied."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.progress.step)
+            group["lr"] = group["peak"] * self._rate(self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for tokens, target in batch:
-            hidden, logits = self.student(tokens)
-            loss = rilq_loss(hidden, logits, target, tokens)
+            loss = discrepancy(self.student, tokens, target, self.options.loss)
             share = len(tokens) / self.options.batch_size
             (loss * share).backward()
             total += loss.item() * share
@@ -227,7 +218,9 @@ class Trainer:
         return total, finite
 
     def _rate(self, step: int) -> float:
-        return learning_rate_at(step, self.options.steps, self.options.learning_rate)
+        if self.options.schedule == "constant":
+            return 1.0
+        return learning_rate_at(step, self.options.steps)
 
     def _batches(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Micro-batches of every update from the current step on, read one update ahead."""
@@ -250,7 +243,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Measure the held-out loss and keep the adapters if they are the best so far."""
+        """Measure the held-out loss and keep the values if they are the best so far."""
         loss, progress = self.validation_loss(), self.progress
         progress.history.append((progress.step, loss))
         if loss < progress.best_loss:
@@ -262,13 +255,14 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """The combined loss, mean over the held-out rows."""
+        """The loss, mean over the held-out rows."""
         return validation_loss(
             self.student,
             self.tokens,
             self.targets,
             rows=range(self.train_rows, len(self.tokens)),
             batch=self.options.micro_batch,
+            loss=self.options.loss,
             device=self.device,
         )
 
@@ -276,8 +270,9 @@ class Trainer:
         return (
             f"training diverged: the loss is not finite {MAX_BAD_STEPS} times in a row at step "
             f"{self.progress.step}; no such step was applied\n"
-            f"  the best adapters, of step {self.progress.best_step}, are in the work folder; run "
-            f"again in a new one with a smaller --lr than {self.options.learning_rate:g}"
+            f"  the best values, of step {self.progress.best_step}, are in the work folder; run "
+            f"again in a new one with a smaller --lr than {self.options.learning_rate:g} and a "
+            f"smaller --scales-lr than {self.options.scales_learning_rate:g}"
         )
 
 
@@ -289,14 +284,14 @@ def validation_loss(
     *,
     rows: range,
     batch: int,
+    loss: Loss,
     device: torch.device,
 ) -> float:
-    """`rilq_loss`, mean over consecutive `rows`, `batch` of them at a time."""
+    """`discrepancy`, mean over consecutive `rows`, `batch` of them at a time."""
     total = 0.0
     for start in range(rows.start, rows.stop, batch):
         stop = min(start + batch, rows.stop)
         part = tokens[start:stop].to(device)
-        hidden, logits = student(part)
-        loss = rilq_loss(hidden, logits, targets.read(start, stop), part)
-        total += loss.item() * (stop - start)
+        value = discrepancy(student, part, targets.read(start, stop), loss)
+        total += value.item() * (stop - start)
     return total / len(rows)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from rilq.formats.packing import dequantize_packed, unpack
+from rilq.formats.packing import dequantize_packed, stored_codes
 from rilq.formats.spec import QuantSpec
 
 
@@ -55,7 +55,7 @@ def _group_gradients(
     """Gradients of scale and zero-point, `[out, groups]` each, from W = scale * (code - zero)."""
     out_features, groups = scale.shape
     full = grad.flatten(0, -2).T.float() @ x.flatten(0, -2).float()  # dL/dW, [out, in]
-    codes = unpack(words, bits, full.shape[1]).float().view(out_features, groups, -1)
+    codes = stored_codes(words, bits).float().view(out_features, groups, -1)
     full = full.view(out_features, groups, -1)
     by_scale = (full * (codes - zero_point.float()[..., None])).sum(-1)
     by_zero = -scale.float() * full.sum(-1)
@@ -70,7 +70,7 @@ def packed_linear(
     Args:
         x: `[..., in_features]`; the weight is dequantized to its dtype (under autocast: to
             autocast's dtype), and the sum accumulates as in `F.linear`.
-        words: `[out_features, in_features * bits / 32]` int32.
+        words: `[out_features, in_features * bits / 32]` int32, or codes as of `stored_codes`.
         scale: `[out_features, groups]`, any float dtype.
         zero_point: `[out_features, groups]`, any float dtype.
         bias: `[out_features]` or None.

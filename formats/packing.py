@@ -127,7 +127,8 @@ def dequantize_packed(
     """`dequantize` of packed codes.
 
     Args:
-        words: `[out_features, in_features * bits / 32]` int32.
+        words: `[out_features, in_features * bits / 32]` int32, or the codes themselves, uint8, as
+            `stored_codes` takes them.
         scale: `[out_features, groups]`, any float dtype.
         zero_point: `[out_features, groups]`, any float dtype.
         bits: 2, 3, 4 or 8.
@@ -136,8 +137,18 @@ def dequantize_packed(
     Returns:
         `[out_features, in_features]`.
     """
-    codes = unpack(words, bits, words.shape[1] * WORD // bits)
-    return dequantize(codes, scale, zero_point, dtype=dtype)
+    return dequantize(stored_codes(words, bits), scale, zero_point, dtype=dtype)
+
+
+def stored_codes(stored: Tensor, bits: int) -> Tensor:
+    """The codes `[out_features, in_features]` uint8 of words (int32), or of themselves (uint8).
+
+    A model in training may keep its codes a byte each: four times the memory, but nothing to
+    unpack in each forward and backward pass.
+    """
+    if stored.dtype == torch.uint8:
+        return stored
+    return unpack(stored, bits, stored.shape[1] * WORD // bits)
 
 
 def _period(bits: int) -> tuple[int, int]:

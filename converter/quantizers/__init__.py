@@ -1,24 +1,28 @@
-"""Arrays in, arrays out: from a weight matrix to codes, scales and zero-points.
+"""Arrays in, arrays out: from weight matrices to codes, scales and zero-points.
 
-A quantizer knows nothing of layers, files or devices; a new one is a class with the members of
-`Quantizer` and a line in `build_quantizer`.
+A quantizer knows nothing of files or devices. Most take one weight at a time (`Quantizer`); those
+of layerwise.py take a whole decoder layer (`LayerQuantizer`). A new one is a class and a line in
+`build_quantizer`.
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
-from rilq.converter.options import DEFAULT_CLIP, QUANTIZERS, Clip
+from rilq.converter.options import DEFAULT_CLIP, LAYER_QUANTIZERS, OWN_GRID, QUANTIZERS, Clip
 from rilq.converter.quantizers.gptq import GptqQuantizer
+from rilq.converter.quantizers.hqq import HqqQuantizer
+from rilq.converter.quantizers.layerwise import LayerQuantizer, LayerTask
+from rilq.converter.quantizers.lsq import LsqQuantizer
 from rilq.converter.quantizers.rtn import RtnQuantizer
 from rilq.errors import OptionError
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
-__all__ = ["QUANTIZERS", "Clip", "Quantizer", "build_quantizer"]
+__all__ = ["QUANTIZERS", "Clip", "LayerQuantizer", "LayerTask", "Quantizer", "build_quantizer"]
 
 
 class Quantizer(Protocol):
-    """One way to choose codes, scales and zero-points.
+    """One way to choose codes, scales and zero-points of one weight.
 
     Attributes:
         name: as the user writes it.
@@ -62,20 +66,34 @@ class Quantizer(Protocol):
         ...
 
 
-def build_quantizer(name: str, *, clip: Clip | None = None) -> Quantizer:
+def build_quantizer(
+    name: str, *, clip: Clip | None = None, layer_steps: int = 100
+) -> Quantizer | LayerQuantizer:
     """The quantizer of that name.
 
     Args:
         name: one of `QUANTIZERS`.
-        clip: "none" takes each group's range from its extremes, "search" shrinks it for the
-            least squared error; None takes `DEFAULT_CLIP`.
+        clip: the grid of each group, or where its training starts: "none" spans the extremes,
+            "search" shrinks the range for the least squared error, "lsq" fits scale and
+            zero-point by least squares; None takes `DEFAULT_CLIP`.
+        layer_steps: updates for each decoder layer, of those that are trained.
 
     Raises:
-        OptionError: unknown name or clip.
+        OptionError: unknown name or clip, or a clip for a quantizer that finds its own grid.
     """
-    if clip not in (None, "none", "search"):
-        raise OptionError(f"clip: expected none or search, found {clip!r}")
     if name not in QUANTIZERS:
         raise OptionError(f"quantizer: expected one of {', '.join(QUANTIZERS)}; found {name!r}")
+    if clip not in (None, "none", "search", "lsq"):
+        raise OptionError(f"clip: expected none, search or lsq; found {clip!r}")
+    if clip and name in OWN_GRID:
+        raise OptionError(f"quantizer {name} finds its own grid; it takes no clip")
     clip = clip or DEFAULT_CLIP[name]
-    return RtnQuantizer(clip) if name == "rtn" else GptqQuantizer(clip)
+    if name in LAYER_QUANTIZERS:
+        return LayerQuantizer(name, clip, layer_steps)
+    by_name: dict[str, Quantizer] = {
+        "rtn": RtnQuantizer(clip),
+        "gptq": GptqQuantizer(clip),
+        "lsq": LsqQuantizer(),
+        "hqq": HqqQuantizer(),
+    }
+    return by_name[name]

@@ -13,6 +13,7 @@ from rilq.converter.quantizers.grid import (
     nearest_codes,
     search_grid,
 )
+from rilq.converter.quantizers.lsq import lsq_grid
 from rilq.errors import OptionError, RilqError
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
@@ -35,7 +36,7 @@ class GptqQuantizer:
     Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1.
     """
 
-    clip: Clip = "search"
+    clip: Clip = "lsq"
     damping: float = 0.01
     block: int = 128
 
@@ -95,7 +96,6 @@ class GptqQuantizer:
         self, columns: Tensor, U: Tensor, spec: QuantSpec
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Codes and scaled errors `[block, out]`, and the grid `[out, 1]` of each group."""
-        find_grid = search_grid if self.clip == "search" else minmax_grid
         codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
         errors = torch.empty_like(columns)
         diagonal = U.diagonal().tolist()
@@ -103,7 +103,7 @@ class GptqQuantizer:
         for j in range(len(columns)):
             if j % spec.group_size == 0:
                 group = columns[j : j + spec.group_size].T.contiguous()[:, None]  # [out, 1, size]
-                grids.append(find_grid(group, spec))
+                grids.append(self._grid(group, spec, U.diagonal()[j : j + spec.group_size]))
                 scale, zero_point = (part[:, 0] for part in grids[-1])
             code = nearest_codes(columns[j][:, None], scale, zero_point, spec)[:, 0]
             codes[j] = code
@@ -111,6 +111,16 @@ class GptqQuantizer:
             errors[j] = (columns[j] - value) / diagonal[j]
             columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
         return codes, errors, grids
+
+    def _grid(self, group: Tensor, spec: QuantSpec, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero-point `[out, 1]` of one group `[out, 1, group_size]`."""
+        if self.clip == "none":
+            return minmax_grid(group, spec)
+        if self.clip == "search":
+            return search_grid(group, spec)
+        # An error at column j costs error^2 / U[j, j]^2 once later columns have made up for it.
+        importance = diagonal.reciprocal().square()
+        return lsq_grid(group, spec, (importance / importance.mean())[None])
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -3,7 +3,7 @@
 What is stored is float16, so the scale is rounded first, the zero-point is computed from the
 rounded scale, and codes and errors are always those of the stored pair. Groups that float16
 cannot serve as they are (constant, tiny, huge, or far from zero) get the nearest pair that is
-finite; see `_grid_of_range`.
+finite; see `grid_of_range`.
 """
 
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def minmax_grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
     Source: asymmetric min/max, Jacob et al. 2018 (arXiv:1712.05877), eq. 1.
     """
-    return _grid_of_range(*_extremes(groups), spec)
+    return grid_of_range(*_extremes(groups), spec)
 
 
 def search_grid(
@@ -101,7 +101,7 @@ def search_grid(
     rows, count, size = groups.shape
     pieces = [
         _search_rows(groups[chunk], spec, importance)
-        for chunk in _row_chunks(rows, SHRINK_FACTORS * count * size, groups.device)
+        for chunk in row_chunks(rows, SHRINK_FACTORS * count * size, groups.device)
     ]
     return torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])
 
@@ -120,7 +120,7 @@ def encode(groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -
     """
     rows, count, size = groups.shape
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
-    for chunk in _row_chunks(rows, count * size, groups.device):
+    for chunk in row_chunks(rows, count * size, groups.device):
         codes[chunk] = nearest_codes(groups[chunk], scale[chunk], zero_point[chunk], spec)
     return codes.reshape(rows, count * size)
 
@@ -143,19 +143,19 @@ def _search_rows(
     for _ in range(REFINEMENTS):
         low, high = _best_range(groups, lows, high.expand_as(highs), spec, importance)
         low, high = _best_range(groups, low.expand_as(lows), highs, spec, importance)
-    return _grid_of_range(low, high, spec)
+    return grid_of_range(low, high, spec)
 
 
 def _best_range(
     groups: Tensor, lows: Tensor, highs: Tensor, spec: QuantSpec, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The range of least error of each group, out of `[candidates, out_features, groups]`."""
-    scale, zero_point = _grid_of_range(lows, highs, spec)
-    best = _squared_error(groups, scale, zero_point, spec, importance).argmin(0, keepdim=True)
+    scale, zero_point = grid_of_range(lows, highs, spec)
+    best = squared_error(groups, scale, zero_point, spec, importance).argmin(0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
-def _squared_error(
+def squared_error(
     groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, importance: Tensor | None
 ) -> Tensor:
     """The (weighted) squared error of each group; scale, zero-point and result `[..., groups]`."""
@@ -171,7 +171,7 @@ def _extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
     return low.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT), high.clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
 
 
-def _grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero-point whose codes span `low .. high`, as well as float16 can.
 
     The scale is kept in float16's range, and so large that the zero-point is precise to a code.
@@ -204,7 +204,7 @@ def _flat_grid(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _integer_grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """`_grid_of_range` with a whole zero-point in `0 .. 2**bits - 1`."""
+    """`grid_of_range` with a whole zero-point in `0 .. 2**bits - 1`."""
     constant = (low == high) & (low.abs() <= LARGEST_SCALE)
     value = low
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -224,7 +224,7 @@ def _lowest(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(high - low > span, torch.minimum(centred, high - span), low)
 
 
-def _row_chunks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
+def row_chunks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows that hold a bounded number of weights: what a CPU's cache, or a GPU, likes."""
     weights = 2**18 if device.type == "cpu" else 2**25
     step = max(1, weights // row_size)

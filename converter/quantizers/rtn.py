@@ -1,12 +1,20 @@
 """Round to nearest: each group by itself, no data. Plain, it is the zero of every gap figure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from rilq.converter.options import Clip
 from rilq.converter.quantizers.grid import as_groups, encode, minmax_grid, search_grid
+from rilq.converter.quantizers.lsq import lsq_grid
 from rilq.formats.spec import QuantizedLinear, QuantSpec
+
+GRIDS: dict[Clip, Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor]]] = {
+    "none": minmax_grid,
+    "search": search_grid,
+    "lsq": lsq_grid,
+}
 
 
 @dataclass(frozen=True)
@@ -15,7 +23,7 @@ class RtnQuantizer:
 
     Attributes:
         clip: "none" spans the whole range of a group, "search" shrinks it for the least
-            squared error of the weights.
+            squared error of the weights, "lsq" fits scale and zero-point to them.
     """
 
     clip: Clip = "none"
@@ -32,6 +40,5 @@ class RtnQuantizer:
     ) -> QuantizedLinear:
         """Quantize one weight matrix; see `Quantizer`."""
         groups = as_groups(weight, spec)
-        find_grid = search_grid if self.clip == "search" else minmax_grid
-        scale, zero_point = find_grid(groups, spec)
+        scale, zero_point = GRIDS[self.clip](groups, spec)
         return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)

@@ -24,11 +24,15 @@ from rilq.formats.spec import QuantizedLinear, QuantSpec
 FindGrid: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 ZeroPoint: TypeAlias = Literal["real", "integer"]
 
-WAYS: list[tuple[str, Clip]] = [
+WAYS: list[tuple[str, Clip | None]] = [
     ("rtn", "none"),
     ("rtn", "search"),
+    ("rtn", "lsq"),
+    ("hqq", None),
+    ("lsq", None),
     ("gptq", "none"),
     ("gptq", "search"),
+    ("gptq", "lsq"),
 ]
 SPECS = [QuantSpec(bits, 32, zero) for bits in (2, 3, 4, 8) for zero in ("real", "integer")]
 
@@ -203,7 +207,7 @@ def test_result_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -
     spec, weight = QuantSpec(2, 32), random_weight(10, 64)
     whole = build_quantizer("rtn", clip="search").quantize(weight, spec)
     monkeypatch.setattr(
-        grid, "_row_chunks", lambda rows, *_: (slice(i, i + 3) for i in range(0, rows, 3))
+        grid, "row_chunks", lambda rows, *_: (slice(i, i + 3) for i in range(0, rows, 3))
     )
     pieces = build_quantizer("rtn", clip="search").quantize(weight, spec)
     assert pieces.codes.equal(whole.codes) and pieces.scale.equal(whole.scale)

@@ -11,13 +11,8 @@ from torch.nn import functional as F
 
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.adapters import Adapter, AdapterSpec
-from rilq.converter.train import (
-    Trainer,
-    TrainOptions,
-    learning_rate_at,
-    rilq_loss,
-    row_order,
-)
+from rilq.converter.loss import Loss, Model, discrepancy
+from rilq.converter.train import Trainer, TrainOptions, learning_rate_at, row_order
 from rilq.errors import RilqError
 from rilq.progress import SilentReporter
 
@@ -40,12 +35,16 @@ class OneLinear(nn.Module):
             group_size=32,
             device=torch.device("cpu"),
         )
-        self.adapters = {"linear": adapter}
+        self.adapter = adapter
+        self.trained = {"linear.a": adapter.a, "linear.b": adapter.b}
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embedding[tokens]
-        hidden = x + self.adapters["linear"](x)
-        return hidden, hidden @ self.head.T
+        before = x + self.adapter(x)
+        return before, 2 * before  # a "final norm" that can be told from none
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.head.T
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def targets(tmp_path: Path, tokens: Tensor) -> Iterator[ActivationStore]:
     x = OneLinear().embedding[tokens]
     shape = (20, 8, HIDDEN)
     with ActivationWriter(tmp_path / "t.bin", shape, torch.float32, label="test") as writer:
-        writer.append(x + x @ move)
+        writer.append(2 * (x + x @ move))
     yield ActivationStore(tmp_path / "t.bin", shape, torch.float32)
 
 
@@ -81,16 +80,51 @@ def run(train: Trainer) -> list[dict[str, Tensor]]:
     return states
 
 
-def test_loss_is_half_mse_and_half_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
+def states_and_target(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's states before and after the norm, and a target, all `[20, 8, HIDDEN]`."""
+    before, after = (t.detach() for t in OneLinear().states(tokens))
     draw = torch.Generator().manual_seed(0)
-    hidden, target = (torch.randn(20, 8, HIDDEN, generator=draw) for _ in range(2))
-    logits = torch.randn(20, 8, VOCABULARY, generator=draw)
-    nll = 0.0
+    return before, after, after + torch.randn(after.shape, generator=draw)
+
+
+def value(tokens: Tensor, cached: Tensor, /, **terms: object) -> float:
+    student: Model = OneLinear()
+    weights = {"mse": 0.0, "ce": 0.0, **terms}
+    return discrepancy(student, tokens, cached, Loss(**weights)).item()  # type: ignore[arg-type]
+
+
+def test_paper_loss_is_half_mse_and_half_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
+    _, after, target = states_and_target(tokens)
+    logits, nll = OneLinear().logits(after), 0.0
     for row in range(20):
         for t in range(7):
             nll -= F.log_softmax(logits[row, t], -1)[tokens[row, t + 1]].item() / (20 * 7)
-    expected = 0.5 * (hidden - target).square().mean().item() + 0.5 * nll
-    assert rilq_loss(hidden, logits, target, tokens).item() == pytest.approx(expected, rel=1e-5)
+    expected = 0.5 * (after - target).square().mean().item() + 0.5 * nll
+    found = discrepancy(OneLinear(), tokens, target, Loss()).item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_kl_is_that_of_the_teachers_distribution_over_every_position(tokens: Tensor) -> None:
+    _, after, target = states_and_target(tokens)
+    head = OneLinear().logits
+    total = 0.0
+    for student, teacher in zip(head(after).flatten(0, 1), head(target).flatten(0, 1), strict=True):
+        p = teacher.double().softmax(-1)
+        total += (p * (p.log() - student.double().log_softmax(-1))).sum().item() / (20 * 8)
+    assert value(tokens, target, kl=1.0) == pytest.approx(total, rel=1e-5)
+    assert value(tokens, after, kl=1.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_mse_compares_what_the_target_says(tokens: Tensor) -> None:
+    before, after, target = states_and_target(tokens)
+    head = OneLinear().logits
+    for name, states, wanted in (
+        ("post-norm", after, target),
+        ("pre-norm", before, target),
+        ("logits", head(after), head(target)),
+    ):
+        expected = (states - wanted).square().mean().item()
+        assert value(tokens, target, mse=1.0, target=name) == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_lowers_the_validation_loss(tokens: Tensor, targets: ActivationStore) -> None:
@@ -177,7 +211,7 @@ def test_rows_come_in_a_new_order_every_epoch_and_all_of_them() -> None:
 
 
 def test_rate_warms_up_stays_and_falls_to_zero() -> None:
-    rates = [learning_rate_at(step, 100, 1.0) for step in range(101)]
+    rates = [learning_rate_at(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 == rates[50]
     assert rates[75] == pytest.approx(0.5) and rates[100] == 0
-    assert learning_rate_at(0, 1, 1.0) == 1.0
+    assert learning_rate_at(0, 1) == 1.0

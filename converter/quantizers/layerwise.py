@@ -1,0 +1,315 @@
+"""Quantizers that are trained on what a whole decoder layer puts out, one layer at a time.
+
+Each of them gives every linear a `LearnedWeight`: a differentiable function from a few tensors to
+the quantized weight, with straight-through rounding. They are trained together so that the layer,
+fed by the quantized layers before it, puts out what the full-precision layer did; then frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rilq.converter.options import Clip
+from rilq.converter.quantizers.grid import (
+    LARGEST_WEIGHT,
+    as_groups,
+    encode,
+    grid_of_range,
+    minmax_grid,
+    search_grid,
+)
+from rilq.converter.quantizers.lsq import group_importance, lsq_grid
+from rilq.errors import RilqError
+from rilq.formats.spec import QuantizedLinear, QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A decoder layer to quantize, as far as a quantizer has to know it.
+
+    Attributes:
+        weights: full precision, `[out_features, in_features]`, by the linear's name.
+        specs: how each is quantized, by the same names.
+        squares: mean squares `[in_features]` of each linear's inputs.
+        run: the layer with some weights replaced: hidden states `[rows, seq_len, hidden]` and
+            weights by name, to the layer's output; differentiable in the weights.
+        batches: an endless order of training rows in batches, each in parts that fit the memory:
+            pairs of the quantized prefix's hidden states and the full-precision layer's outputs.
+    """
+
+    weights: Mapping[str, Tensor]
+    specs: Mapping[str, QuantSpec]
+    squares: Mapping[str, Tensor]
+    run: Callable[[Tensor, dict[str, Tensor]], Tensor]
+    batches: Iterator[list[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """How the linears of one decoder layer are trained together.
+
+    Attributes:
+        name: one of `LEARNED`.
+        clip: the grid that training starts from.
+        steps: updates for each decoder layer.
+    """
+
+    name: str
+    clip: Clip
+    steps: int
+
+    @torch.enable_grad()
+    def quantize_layer(self, task: LayerTask) -> dict[str, QuantizedLinear]:
+        """Quantize all linears of a layer.
+
+        Raises:
+            InputError: the group size does not divide a linear's `in_features`.
+            NonFiniteError: a weight holds NaN or infinity.
+            RilqError: the loss is not finite.
+        """
+        learned = {
+            name: LEARNED[self.name](weight, task.specs[name], self.clip, task.squares[name])
+            for name, weight in task.weights.items()
+        }
+        groups = [group for each in learned.values() for group in each.groups(self.steps)]
+        optimizer = learned_optimizer(self.name, groups)
+        for step in range(self.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_at(step, self.steps)
+            optimizer.zero_grad(set_to_none=True)
+            batch = next(task.batches)
+            rows = sum(len(wanted) for _, wanted in batch)
+            for hidden, wanted in batch:
+                weights = {name: each().to(hidden.dtype) for name, each in learned.items()}
+                wanted = wanted.float()
+                apart = (task.run(hidden, weights).float() - wanted).square().mean()
+                # Relative to the output's size, so that layers of any scale train alike.
+                loss = apart / wanted.square().mean().clamp(min=1e-12)
+                if not math.isfinite(loss.item()):
+                    raise RilqError(
+                        f"{self.name}: the layer's error is not finite at update {step}\n"
+                        "  try --dtype float32 or bfloat16, or another --quantizer"
+                    )
+                (loss * (len(wanted) / rows)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            return {name: each.result() for name, each in learned.items()}
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Part of the peak rate: a warm-up over a twentieth of the steps, then a cosine to zero."""
+    return min((step + 1) / max(1, round(0.05 * steps)), (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def learned_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Adam; for `signround` plain descent along the gradient's sign, as its authors have it."""
+    return SignDescent(groups) if name == "signround" else torch.optim.Adam(groups, foreach=True)
+
+
+class SignDescent(torch.optim.Optimizer):
+    """`p -= lr * sign(gradient)`, kept within the group's `bounds`."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
+                    parameter.clamp_(*group["bounds"])
+
+
+class LearnedWeight(nn.Module):
+    """A weight on its way to codes: trained tensors, and what they stand for.
+
+    Args:
+        weight: `[out_features, in_features]`.
+        spec: bits, group size, kind of zero-point.
+        clip: the grid to start from.
+        squares: mean squares of the inputs, `[in_features]`.
+
+    Attributes:
+        weight: `[out_features, groups, group_size]` float32.
+        scale, low: of the starting grid, as stored, `[out_features, groups]` float32.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    low: Tensor
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        groups = as_groups(weight, spec).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+        if clip == "none":
+            scale, zero_point = minmax_grid(groups, spec)
+        else:
+            find = search_grid if clip == "search" else lsq_grid
+            scale, zero_point = find(groups, spec, group_importance(squares, groups))
+        self.weight, self.scale = groups, scale.float()
+        self.low = -self.scale * zero_point.float()
+
+    def forward(self) -> Tensor:
+        """The quantized weight `[out_features, in_features]` float32, differentiable."""
+        codes, scale, low = self.parts()
+        return (codes * scale[..., None] + low[..., None]).flatten(1)
+
+    def _lowest(self, scale: Tensor, low: Tensor) -> Tensor:
+        """What code 0 stands for, where zero-points must be codes: the nearest such value."""
+        if self.spec.zero_point == "real":
+            return low
+        return -scale * round_through((-low / scale).clamp(0, self.spec.max_code))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes as floats `[out, groups, group_size]`; scale and lowest value `[out, groups]`."""
+        raise NotImplementedError
+
+    def groups(self, steps: int) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer, each with its `peak` rate."""
+        raise NotImplementedError
+
+    def result(self) -> QuantizedLinear:
+        """Frozen: the learned codes, and the stored grid nearest to the learned one."""
+        codes, scale, low = self.parts()
+        stored = grid_of_range(low, low + scale * self.spec.max_code, self.spec)
+        return QuantizedLinear(codes.flatten(1).to(torch.uint8), *stored, self.spec)
+
+    def _rounded(self, steps: Tensor) -> Tensor:
+        """Nearest codes of real-valued ones; gradients pass where nothing is clipped."""
+        return round_through(steps.clamp(0, self.spec.max_code))
+
+
+class LearnedCodes(LearnedWeight):
+    """`blockap`: weights, scales and minima are all trained.
+
+    The weights are trained as real-valued codes, in steps of the grid they start from, so that
+    one learning rate serves weights of any size; so are scales (by a factor) and minima.
+
+    Source: EfficientQAT's Block-AP, Chen et al. 2024 (arXiv:2407.11062), section 3.2.
+    """
+
+    # What an element can move in all, in steps (weights, minima) or as a factor (scales), is about
+    # half of `peak * updates`. Found on the shared small models, see docs/recipes.md.
+    WEIGHT_PATH, GRID_PATH = 5.0, 2.0
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
+        super().__init__(weight, spec, clip, squares)
+        steps = (self.weight - self.low[..., None]) / self.scale[..., None]
+        self.codes = nn.Parameter(steps)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
+        self.offset = nn.Parameter(torch.zeros_like(self.scale))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LearnedWeight`."""
+        scale = self.scale * self.log_scale.exp()
+        low = self._lowest(scale, self.low + self.scale * self.offset)
+        return self._rounded(self.codes), scale, low
+
+    def groups(self, steps: int) -> list[dict[str, Any]]:
+        """See `LearnedWeight`."""
+        return [
+            {"params": [self.codes], "peak": self.WEIGHT_PATH / steps},
+            {"params": [self.log_scale, self.offset], "peak": self.GRID_PATH / steps},
+        ]
+
+
+class LearnedRounding(LearnedWeight):
+    """`signround`: an offset of at most half a step for each weight, and the ends of each range.
+
+    Source: AutoRound, Cheng et al. 2023 (arXiv:2309.05516), with real-valued zero-points and a
+    least-squares grid to start from.
+    """
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
+        super().__init__(weight, spec, clip, squares)
+        self.rounding = nn.Parameter(torch.zeros_like(self.weight))
+        # The two ends, as parts of half the starting range away from its middle.
+        self.ends = nn.Parameter(torch.ones(2, *self.scale.shape, device=self.scale.device))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LearnedWeight`."""
+        half = self.scale * self.spec.max_code / 2
+        middle = self.low + half
+        low = middle - half * self.ends[0]
+        scale = half * (self.ends[0] + self.ends[1]) / self.spec.max_code
+        low = self._lowest(scale, low)
+        steps = (self.weight - low[..., None]) / scale[..., None]
+        # Rounded before it is clipped: an offset must be able to leave the last code.
+        codes = round_through(steps + self.rounding).clamp(0, self.spec.max_code)
+        return codes, scale, low
+
+    def groups(self, steps: int) -> list[dict[str, Any]]:
+        """See `LearnedWeight`."""
+        return [
+            {"params": [self.rounding], "peak": 2.0 / steps, "bounds": (-0.5, 0.5)},
+            {"params": [self.ends], "peak": 2.0 / steps, "bounds": (0.5, 1.5)},
+        ]
+
+
+class LearnedClipping(LearnedWeight):
+    """`lwc`: both ends of each group's range shrink by a learned factor.
+
+    Source: OmniQuant's learnable weight clipping, Shao et al. 2023 (arXiv:2308.13137), eq. 2.
+    """
+
+    START = 4.0  # sigmoid(4) = 0.98: nearly the whole range
+    RATE = 1e-2  # at the paper's thousands of updates; more where there are fewer
+
+    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
+        super().__init__(weight, spec, clip, squares)
+        start = torch.full((2, *self.scale.shape), self.START, device=self.scale.device)
+        self.ends = nn.Parameter(start)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LearnedWeight`."""
+        low, high = torch.aminmax(self.weight, dim=-1)
+        shrink = self.ends.sigmoid()
+        low, high = low * shrink[0], high * shrink[1]
+        floor = torch.finfo(torch.float16).tiny
+        scale = ((high - low) / self.spec.max_code).clamp(min=floor)
+        low = self._lowest(scale, low)
+        return self._rounded((self.weight - low[..., None]) / scale[..., None]), scale, low
+
+    def groups(self, steps: int) -> list[dict[str, Any]]:
+        """See `LearnedWeight`."""
+        return [{"params": [self.ends], "peak": max(self.RATE, 10.0 / steps)}]
+
+    def result(self) -> QuantizedLinear:
+        """See `LearnedWeight`; nearest codes on the stored grid."""
+        _, scale, low = self.parts()
+        stored = grid_of_range(low, low + scale * self.spec.max_code, self.spec)
+        return QuantizedLinear(encode(self.weight, *stored, self.spec), *stored, self.spec)
+
+
+LEARNED: dict[str, type[LearnedWeight]] = {
+    "lwc": LearnedClipping,
+    "signround": LearnedRounding,
+    "blockap": LearnedCodes,
+}
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def round_through(x: Tensor) -> Tensor:
+    """`x.round()` whose gradient is that of `x` itself (straight-through).
+
+    Source: Bengio et al. 2013 (arXiv:1308.3432).
+    """
+    return _RoundThrough.apply(x)  # type: ignore[no-any-return, no-untyped-call]
