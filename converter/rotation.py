@@ -65,8 +65,8 @@ class RotatedCheckpoint(Checkpoint):
 
     Tensors are rotated in float64 and rounded once, to the dtype that the source stores them in: a
     float32 model's logits stay what they are to float32 precision, those of a model in 16 bits to
-    the rounding that storing it in 16 bits is. Nothing is kept: `read` holds the tensors it
-    returns, one tensor of the source and a few megabytes.
+    the rounding that storing it in 16 bits is. Nothing is kept: while it works, `read` holds the
+    tensors that it will return, one tensor of the source and some 40 MB.
 
     `hashes`, `bytes_read`, the digests and file signatures are those of the source's own bytes, so
     that a stopped job finds out whether the source has changed. `config` has
