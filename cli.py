@@ -105,6 +105,14 @@ def _convert_options(
         list[str] | None,
         _option(_BASE, "PATTERN=BITS for linears that fit; repeatable, the last one wins."),
     ] = None,
+    rotate: Annotated[
+        bool,
+        _option(
+            _BASE,
+            "Rotate the weights by a randomized Hadamard matrix first; the function stays.",
+            "--rotate",
+        ),
+    ] = False,
     dataset: Annotated[
         list[str] | None,
         _option(
@@ -220,6 +228,7 @@ def _convert_options(
         zero_point=zero_point,
         skip=tuple(skip or ()),
         bits_for=tuple(_pattern_bits(text) for text in bits_for or ()),
+        rotate=rotate,
         dataset=tuple(dataset or ("c4",)),
         text_key=text_key,
         rows=rows,

@@ -139,6 +139,15 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
+def tied_head_differs(label: str, name: str) -> CheckpointError:
+    """The error for a stored head `name` that is not the embedding it is said to be tied to."""
+    return CheckpointError(
+        f"{label}: {name} differs from the embedding, but config.json has tie_word_embeddings "
+        "true\n"
+        "  set tie_word_embeddings to false in config.json"
+    )
+
+
 def build_skeleton(
     config: PretrainedConfig, dtype: torch.dtype, quantization: RilqConfig | None = None
 ) -> nn.Module:

@@ -15,7 +15,13 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rilq.converter.architecture import build_skeleton, decoder_layers, load_config, native_config
+from rilq.converter.architecture import (
+    build_skeleton,
+    decoder_layers,
+    load_config,
+    native_config,
+    tied_head_differs,
+)
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.shard import listing
@@ -121,11 +127,7 @@ class StreamedModel:
         for name in _tied_names(self.model) & self.checkpoint.tensors.keys():
             head = self.model.get_parameter(name)
             if not torch.equal(self.checkpoint.read([name])[name].to(head), head):
-                raise CheckpointError(
-                    f"{self.checkpoint.source.label}: {name} differs from the embedding, but "
-                    "config.json has tie_word_embeddings true\n"
-                    "  set tie_word_embeddings to false in config.json"
-                )
+                raise tied_head_differs(self.checkpoint.source.label, name)
 
     @contextmanager
     def loaded(self, index: int, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:

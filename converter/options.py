@@ -78,6 +78,7 @@ class ConvertOptions:
     zero_point: Literal["real", "integer"] = "real"
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
+    rotate: bool = False
     # calibration
     dataset: tuple[str, ...] = ("c4",)
     text_key: str = "text"

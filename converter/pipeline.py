@@ -30,6 +30,7 @@ from rilq.converter.machine import Machine, measure_machine
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
+from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
@@ -90,6 +91,8 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     source = open_source(options.model, revision=revision, report=report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
+    if options.rotate:
+        checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
     machine = measure_machine(options.device)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)

@@ -39,6 +39,8 @@ from rilq.formats.spec import GROUP_SIZES, QuantSpec
 STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
 # Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
 SEARCH_BYTES = 100 * 9 * 8
+# A rotated weight is read and written in float64 by some five passes, and converted twice.
+ROTATE_BYTES = 100
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
@@ -156,6 +158,8 @@ def make_plan(
     peak = max(stream, train if options.trains != "none" else 0) + FIXED
     on_cpu = machine.device_free is None
     output = sizes.output_bytes + (sizes.trained_values * 4 if options.adapter == "lora" else 0)
+    # On its way to being rotated, a tensor is in memory beside the others.
+    rotating = max(t.nbytes for t in checkpoint.tensors.values()) if options.rotate else 0
     seconds, basis = _time(sizes, options, machine, validation, rows)
     return Plan(
         model=checkpoint.source.label,
@@ -168,8 +172,8 @@ def make_plan(
         rows=rows,
         validation_rows=validation,
         choices=choices,
-        read_bytes=checkpoint.nbytes(_needed(streamed)),
-        host_bytes=peak if on_cpu else sizes.layer_bytes * 3 + sizes.outer_bytes + FIXED,
+        read_bytes=_read_bytes(streamed),
+        host_bytes=peak if on_cpu else sizes.layer_bytes * 3 + sizes.outer_bytes + rotating + FIXED,
         device_bytes=None if on_cpu else peak,
         disks=_disks(options, checkpoint, sizes.work_bytes(item, options), output),
         output_bytes=output,
@@ -177,7 +181,7 @@ def make_plan(
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
         seconds=seconds,
         time_basis=basis,
-        notes=_notes(options, quantized),
+        notes=_notes(options, quantized) + _untied(streamed),
     )
 
 
@@ -346,9 +350,10 @@ def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
     return sum(torch.Size(streamed.checkpoint.tensors[n].shape).numel() for n in names)
 
 
-def _needed(streamed: StreamedModel) -> list[str]:
+def _read_bytes(streamed: StreamedModel) -> int:
     layers = range(len(streamed.layers))
-    return [*streamed.outer_names(), *(n for i in layers for n in streamed.layer_names(i))]
+    needed = [*streamed.outer_names(), *(n for i in layers for n in streamed.layer_names(i))]
+    return streamed.checkpoint.nbytes(streamed.checkpoint.source_names(needed))
 
 
 def _seqlen(options: ConvertOptions, most: int) -> int:
@@ -429,6 +434,15 @@ def _notes(options: ConvertOptions, quantized: tuple[LinearPlan, ...]) -> tuple[
     return tuple(notes)
 
 
+def _untied(streamed: StreamedModel) -> tuple[str, ...]:
+    """What a rotation adds to the output: a tied head takes up the final norm by itself."""
+    outer, checkpoint = streamed.outer_names(), streamed.checkpoint
+    added = checkpoint.nbytes(outer) - checkpoint.nbytes(checkpoint.source_names(outer))
+    if added <= 0:
+        return ()
+    return (f"rotated: the head is no longer tied to the embedding: {gigabytes(added)} more",)
+
+
 def _choose(
     sizes: _Sizes, options: ConvertOptions, machine: Machine, seqlen: int, hidden: int
 ) -> Choices:
@@ -492,6 +506,7 @@ def _time(
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
     moved += SEARCH_BYTES * sizes.quantized_weights * sizes.searches
+    moved += ROTATE_BYTES * sizes.parameters if options.rotate else 0
     seconds = flops / machine.flops + moved / machine.bandwidth
     basis = (
         f"{flops / 1e12:.3g} TFLOP at {machine.flops / 1e9:.0f} GFLOP/s and {moved / 1e9:.3g} GB "

@@ -143,6 +143,10 @@ class Checkpoint:
         """Bytes of some tensors."""
         return sum(self.tensors[name].nbytes for name in self._known(names))
 
+    def source_names(self, names: Iterable[str]) -> list[str]:
+        """What `read` takes from the files to give some tensors: just those."""
+        return self._known(names)
+
     def read(self, names: Iterable[str], *, check_finite: bool = True) -> dict[str, Tensor]:
         """Views of some tensors in memory-mapped shards, all touched, hashed and checked once.
 

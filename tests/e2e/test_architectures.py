@@ -25,9 +25,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [*((name, ()) for name in ARCHITECTURES), ("llama", ("--rotate",)), ("phi3", ("--rotate",))],
+)
 def test_converted_model_loads_and_its_student_was_that_model(
     model_type: str,
+    more: tuple[str, ...],
     tmp_path: Path,
     make_model: Callable[..., Path],
     run_cli: Callable[..., Any],
@@ -42,7 +46,7 @@ def test_converted_model_loads_and_its_student_was_that_model(
     ended = run_cli(
         *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
         *("--seqlen", 24, "--steps", 4, "--val-every", 2, "--rank", 4, "--lr", "1e-3"),
-        *("-o", tmp_path / "out", "--keep-work", "--json"),
+        *("-o", tmp_path / "out", "--keep-work", "--json", *more),
     )
     assert ended.code == 0, ended.err
     quality = json.loads(ended.out)["quality"]

@@ -492,6 +492,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "zero-point": ({"zero_point": "integer"}, "--zero-point: 'real' there, 'integer' now"),
     "skip": ({"skip": ("o_proj",)}, "--skip: [] there, ['o_proj'] now"),
     "bits for": ({"bits_for": (("o_proj", 4),)}, "--bits-for: {} there, {'o_proj': 4} now"),
+    "rotate": ({"rotate": True}, "--rotate: False there, True now"),
     "rows": ({"rows": "documents"}, "--rows: 'packed' there, 'documents' now"),
     "nsamples": ({"nsamples": 9}, "--nsamples: 12 there, 9 now"),
     "seqlen": ({"seqlen": 15}, "--seqlen: 32 there, 15 now"),
