@@ -82,6 +82,10 @@ def _convert_options(
         list[str] | None,
         _option(_BASE, "PATTERN=BITS for linears that fit; repeatable, the last one wins."),
     ] = None,
+    embed_bits: Annotated[int, _option(_BASE, "Of the embedding: 16 (as it is), 8, 4.")] = 16,
+    head_bits: Annotated[
+        int, _option(_BASE, "Of the output head, likewise; in a tied model it is the embedding.")
+    ] = 16,
     dataset: Annotated[
         list[str] | None,
         _option(
@@ -145,6 +149,8 @@ def _convert_options(
         zero_point=zero_point,  # type: ignore[arg-type]
         skip=tuple(skip or ()),
         bits_for=tuple(_pattern_bits(text) for text in bits_for or ()),
+        embed_bits=embed_bits,
+        head_bits=head_bits,
         dataset=tuple(dataset or ("c4",)),
         text_key=text_key,
         rows=rows,  # type: ignore[arg-type]
@@ -360,7 +366,9 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
     rows = [
         ("quantized", f"{len(plan.quantized)} linears: {shown}"),
-        ("kept", "embedding, norms, head" + (f", {len(plan.kept)} linears" if plan.kept else "")),
+        ("embedding", _outer_bits(plan, plan.embed_bits)),
+        ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
+        ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
         *(("", f"{name}: {why}") for name, why in plan.kept[:5]),
         ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens, "
                         f"{plan.validation_rows} for validation"),
@@ -376,6 +384,11 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         ("time", f"about {_duration(plan.seconds)}: {plan.time_basis}"),
     ]  # fmt: skip
     return rows + [("note", note) for note in plan.notes]
+
+
+def _outer_bits(plan: "Plan", bits: int) -> str:
+    sizes = {p.spec.group_size for p in plan.outer if p.spec and p.spec.bits == bits}
+    return "".join(f"{bits} bits, groups of {size}" for size in sizes) or "as in the source"
 
 
 def _duration(seconds: float) -> str:

@@ -158,6 +158,7 @@ class _Conversion:
                 build_quantizer(self.options.quantizer, clip=self.options.clip),
                 self.options.spec_for,
                 self.choices.batch_rows,
+                {p.name: p.spec for p in self.job.plan.outer if p.spec},
             ),
             self.report,
         )

@@ -6,9 +6,9 @@ run the student with it, commit. A packing fault thus shows at layer 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,13 @@ from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.calib.statistics import HessianSum
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
+from rilq.converter.outer import (
+    QUANTIZED_FILE,
+    SOURCE_FILE,
+    embed_as_saved,
+    embedding_name,
+    quantize_outer,
+)
 from rilq.converter.quantizers import Quantizer
 from rilq.converter.workdir import WorkDir
 from rilq.errors import CheckpointError, RilqError
@@ -39,11 +46,13 @@ class StreamOptions:
         quantizer: of every quantized linear.
         spec_for: full module name to spec; None leaves a linear as it is.
         batch_rows: calibration rows that run at once.
+        outer: embedding and head by module name, where they are quantized.
     """
 
     quantizer: Quantizer
     spec_for: Callable[[str], QuantSpec | None]
     batch_rows: int
+    outer: Mapping[str, QuantSpec] = field(default_factory=dict)
 
 
 class StreamingPass:
@@ -93,28 +102,52 @@ class StreamingPass:
 
     def _outer(self) -> None:
         """Embedding, final norm and head: on the device, and saved for the output."""
-        path = self.work.file("outer.safetensors")
+        path = self.work.file(SOURCE_FILE)
         if not self.work.stage("outer"):
-            write_tensors(path, self.checkpoint.read(self.streamed.outer_names()))
+            tensors = self.checkpoint.read(self.streamed.outer_names())
+            write_tensors(path, tensors)
+            files = {path: file_hash(path)}
+            if self.options.outer:
+                quantized = self.work.file(QUANTIZED_FILE)
+                write_tensors(
+                    quantized, quantize_outer(tensors, self.options.outer, self.streamed.device)
+                )
+                files[quantized] = file_hash(quantized)
             facts = {"source": self._source_hashes(self.streamed.outer_names())}
-            self.work.commit("outer", "outer", facts, files={path: file_hash(path)})
+            self.work.commit("outer", "outer", facts, files=files)
         self.streamed.load_outer(load_file(path))
 
     def _embedding(self) -> None:
-        path = self._states("teacher", 0)
+        """First hidden states: of the teacher and, with a quantized embedding, of the student."""
+        states = self._embedded("teacher")
+        if self._student_embeds:
+            embed_as_saved(
+                self.streamed, load_file(self.work.file(QUANTIZED_FILE)), self.options.outer
+            )
+            states |= self._embedded("student")
+        self.work.commit("layers", "embedding", {}, passing=states)
+
+    def _embedded(self, who: str) -> dict[Path, str]:
+        """Write `who`'s first hidden states with the embedding as it is loaded; file and xxh3."""
+        path = self._states(who, 0)
         with self._writer(path, "the embedding") as writer:
             for start in range(0, len(self.tokens), self.options.batch_rows):
                 rows = self.tokens[start : start + self.options.batch_rows]
                 writer.append(self.streamed.embed(rows))
-        # Nothing is quantized yet: the student starts from the teacher's file.
-        self.work.commit("layers", "embedding", {}, passing={path: writer.digest})
+        return {path: writer.digest}
+
+    @property
+    def _student_embeds(self) -> bool:
+        """Whether the embedding is quantized; else the student starts from the teacher's file."""
+        return embedding_name(self.streamed) in self.options.outer
 
     def _layer(self, index: int) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
         names = self.streamed.layer_names(index)
         tensors = self.checkpoint.read(names)
         teacher = self._store(self._states("teacher", index))
-        student = self._store(self._states("student" if index else "teacher", index))
+        apart = bool(index) or self._student_embeds
+        student = self._store(self._states("student" if apart else "teacher", index))
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)

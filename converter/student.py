@@ -35,6 +35,9 @@ class AdaptedLinear(nn.Module):
 class Student(nn.Module):
     """transformers' own model over quantized weights.
 
+    A quantized embedding stays packed: only the rows of a batch are dequantized. A quantized head
+    is dequantized once in either tier: each batch needs all of it, in a temporary as large.
+
     Args:
         config: of the source model.
         quantization: which linears are quantized and how.
@@ -81,6 +84,9 @@ class Student(nn.Module):
             )
         self._final: Tensor | None = None
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, RilqLinear):
+            head = _dense(head, dtype)
+            self.model.set_output_embeddings(head)  # type: ignore[operator]
         head.register_forward_pre_hook(self._keep_input)
 
     def _adapted(
