@@ -102,20 +102,23 @@ class StreamingPass:
 
     def _outer(self) -> None:
         """Embedding, final norm and head: on the device, and saved for the output."""
-        path = self.work.file(SOURCE_FILE)
         if not self.work.stage("outer"):
-            tensors = self.checkpoint.read(self.streamed.outer_names())
-            write_tensors(path, tensors)
-            files = {path: file_hash(path)}
-            if self.options.outer:
-                quantized = self.work.file(QUANTIZED_FILE)
-                write_tensors(
-                    quantized, quantize_outer(tensors, self.options.outer, self.streamed.device)
-                )
-                files[quantized] = file_hash(quantized)
+            paths = self._save_outer()
             facts = {"source": self._source_hashes(self.streamed.outer_names())}
-            self.work.commit("outer", "outer", facts, files=files)
-        self.streamed.load_outer(load_file(path))
+            self.work.commit("outer", "outer", facts, files={p: file_hash(p) for p in paths})
+        self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
+
+    def _save_outer(self) -> list[Path]:
+        """Write them as in the source and, where any is quantized, as in the output too."""
+        tensors = self.checkpoint.read(self.streamed.outer_names())
+        paths = [self.work.file(SOURCE_FILE)]
+        write_tensors(paths[0], tensors)
+        if self.options.outer:
+            paths.append(self.work.file(QUANTIZED_FILE))
+            write_tensors(
+                paths[1], quantize_outer(tensors, self.options.outer, self.streamed.device)
+            )
+        return paths
 
     def _embedding(self) -> None:
         """First hidden states: of the teacher and, with a quantized embedding, of the student."""
