@@ -113,6 +113,10 @@ def _convert_options(
             "--rotate",
         ),
     ] = False,
+    embed_bits: Annotated[int, _option(_BASE, "Of the embedding: 16 (as it is), 8, 4.")] = 16,
+    head_bits: Annotated[
+        int, _option(_BASE, "Of the output head, likewise; in a tied model it is the embedding.")
+    ] = 16,
     dataset: Annotated[
         list[str] | None,
         _option(
@@ -229,6 +233,8 @@ def _convert_options(
         skip=tuple(skip or ()),
         bits_for=tuple(_pattern_bits(text) for text in bits_for or ()),
         rotate=rotate,
+        embed_bits=embed_bits,
+        head_bits=head_bits,
         dataset=tuple(dataset or ("c4",)),
         text_key=text_key,
         rows=rows,
@@ -449,7 +455,9 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
     rows = [
         ("quantized", f"{len(plan.quantized)} linears: {shown}"),
-        ("kept", "embedding, norms, head" + (f", {len(plan.kept)} linears" if plan.kept else "")),
+        ("embedding", _outer_bits(plan, plan.embed_bits)),
+        ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
+        ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
         *(("", f"{name}: {why}") for name, why in plan.kept[:5]),
         ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens, "
                         f"{plan.validation_rows} for validation"),
@@ -466,6 +474,11 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         ("time", f"about {_duration(plan.seconds)}: {plan.time_basis}"),
     ]  # fmt: skip
     return rows + [("note", note) for note in plan.notes]
+
+
+def _outer_bits(plan: "Plan", bits: int) -> str:
+    sizes = {p.spec.group_size for p in plan.outer if p.spec and p.spec.bits == bits}
+    return "".join(f"{bits} bits, groups of {size}" for size in sizes) or "as in the source"
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rilq.converter.machine import large_blocks_returned
 from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line, printable
 from rilq.formats.checkpoint import Checkpoint
-from rilq.formats.native import RilqConfig, replace_linears
+from rilq.formats.native import RilqConfig, replace_modules
 
 # model_type of every architecture whose streamed states were tested against transformers in memory.
 SUPPORTED = {
@@ -170,7 +170,7 @@ def build_skeleton(
         ) from err
     if quantization is not None:
         try:
-            replace_linears(model, quantization)
+            replace_modules(model, quantization)
         except ValueError as err:
             raise CheckpointError(f"config.json: quantization_config: {err}") from err
     model.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from rilq.converter import workdir
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.merge import merged_grid
+from rilq.converter.outer import SOURCE_FILE, saved_outer
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.lora import write_peft_adapter
@@ -53,7 +54,7 @@ class QuantizedParts:
         trained: Mapping[str, Tensor] | None = None,
         spec: AdapterSpec | None = None,
     ) -> None:
-        self.files = [work.file("outer.safetensors")]
+        self.files = [saved_outer(work)]
         self.files += [work.file(f"layer-{i:04d}.safetensors") for i in range(layers)]
         self.spec = spec
         self._trained: dict[str, dict[str, Tensor]] = {}
@@ -135,7 +136,7 @@ def write_output(
     if len(shards) > 1:
         weight_map = {m: name for name, ms in zip(names, shards, strict=True) for m in ms}
         write_index(staging, weight_map, sum(t.nbytes for t in parts.layout.values()))
-    write_config(staging, checkpoint.config, quantization, _dtype(parts))
+    write_config(staging, checkpoint.config, quantization, _dtype(work))
     side = [name for name in checkpoint.side_files() if name != "config.json"]
     copy_side_files({name: checkpoint.source.path(name) for name in side}, staging)
     if lora is not None:
@@ -147,7 +148,7 @@ def write_output(
     workdir.reached("publish:after")
 
 
-def _dtype(parts: QuantizedParts) -> torch.dtype:
+def _dtype(work: WorkDir) -> torch.dtype:
     """dtype of what is not quantized: that of the source's embedding."""
-    outer = read_header(parts.files[0]).tensors.values()
+    outer = read_header(work.file(SOURCE_FILE)).tensors.values()
     return max(outer, key=lambda info: info.nbytes).dtype

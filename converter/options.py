@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rilq.errors import OptionError
-from rilq.formats.spec import BITS, GROUP_SIZES, QuantSpec
+from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantSpec
 
 AdapterKind = Literal["pooled", "lora"]
 Clip = Literal["none", "search", "lsq"]
@@ -79,6 +79,8 @@ class ConvertOptions:
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
     rotate: bool = False
+    embed_bits: int = 16
+    head_bits: int = 16
     # calibration
     dataset: tuple[str, ...] = ("c4",)
     text_key: str = "text"
@@ -221,6 +223,8 @@ def _check(options: ConvertOptions) -> None:
     problems = []
     allowed: dict[str, tuple[object, ...]] = {
         "bits": BITS,
+        "embed_bits": OUTER_BITS,
+        "head_bits": OUTER_BITS,
         "group_size": GROUP_SIZES,
         "quantizer": QUANTIZERS,
         "recipe": tuple(RECIPES),
@@ -283,6 +287,8 @@ def _check(options: ConvertOptions) -> None:
             problems.append(f"{flag(key)} {rate}: expected a positive number")
     if not o.dataset:
         problems.append("--dataset: expected at least one")
+    if "lm_head" in o.skip and o.head_bits in OUTER_BITS[1:]:
+        problems.append(f"--skip lm_head, --head-bits {o.head_bits}: give one of them")
     for pattern, bits in o.bits_for:
         if bits not in BITS:
             problems.append(f"--bits-for {pattern}={bits}: expected one of {BITS}")

@@ -174,6 +174,7 @@ class _Conversion:
                 micro_batch=self.choices.micro_batch,
                 seed=self.options.seed,
                 target=self.options.target,
+                outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
             ),
             self.report,
         )

@@ -31,9 +31,11 @@ from rilq.converter.options import (
     Tier,
     matches,
 )
+from rilq.converter.outer import is_tied, outer_specs
 from rilq.errors import OptionError, OutputError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
+from rilq.formats.packed_linear import CHUNK
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
@@ -87,9 +89,12 @@ class Plan:
 
     Attributes:
         quantized, kept: linears of the decoder layers, and what stays in 16 bits with its reason.
+        outer: embedding and head where they are quantized; a tied head is the embedding.
+        tied: embedding and head are one matrix.
         read_bytes: of the checkpoint.
         host_bytes, device_bytes: peak memory above the interpreter's own; on a CPU all is host.
-        bits_per_weight: over the quantized linears, scales and zero-points counted.
+        bits_per_weight: over the quantized linears of the decoder layers, scales and zero-points
+            counted.
         bits_per_parameter: over all parameters of the output.
         seconds: estimate; `time_basis` says from what.
     """
@@ -101,6 +106,10 @@ class Plan:
     parameters: int
     quantized: tuple[LinearPlan, ...]
     kept: tuple[tuple[str, str], ...]
+    embed_bits: int
+    head_bits: int
+    tied: bool
+    outer: tuple[LinearPlan, ...]
     rows: int
     validation_rows: int
     choices: Choices
@@ -124,7 +133,12 @@ class Plan:
         return RilqConfig(
             bits,
             group_size,
-            modules_to_not_convert=["lm_head", *(name for name, _ in self.kept)],
+            modules_to_not_convert=[
+                *(["lm_head"] if self.head_bits == 16 else []),
+                *(name for name, _ in self.kept),
+            ],
+            embed_bits=self.embed_bits,
+            head_bits=self.head_bits,
             bits_for={
                 p.name: p.spec.bits for p in self.quantized if p.spec and p.spec.bits != bits
             },
@@ -151,7 +165,11 @@ def make_plan(
     quantized = tuple(p for p in linears if p.spec is not None)
     kept = tuple((p.name, p.kept_because) for p in linears if p.spec is None)
     _check(options, quantized, rows, validation)
-    sizes = _Sizes.of(streamed, quantized, options, rows, seqlen)
+    outer = tuple(
+        LinearPlan(name, config.vocab_size, config.hidden_size, spec)
+        for name, spec in outer_specs(streamed, options).items()
+    )
+    sizes = _Sizes.of(streamed, quantized, outer, options, rows, seqlen)
     choices = _choose(sizes, options, machine, seqlen, config.hidden_size)
     item = getattr(torch, choices.dtype).itemsize
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
@@ -169,11 +187,15 @@ def make_plan(
         parameters=sizes.parameters,
         quantized=quantized,
         kept=kept,
+        embed_bits=options.embed_bits,
+        head_bits=options.head_bits,
+        tied=is_tied(streamed),
+        outer=outer,
         rows=rows,
         validation_rows=validation,
         choices=choices,
         read_bytes=_read_bytes(streamed),
-        host_bytes=peak if on_cpu else sizes.layer_bytes * 3 + sizes.outer_bytes + rotating + FIXED,
+        host_bytes=peak if on_cpu else sizes.host_bytes + rotating + FIXED,
         device_bytes=None if on_cpu else peak,
         disks=_disks(options, checkpoint, sizes.work_bytes(item, options), output),
         output_bytes=output,
@@ -227,6 +249,9 @@ class _Sizes:
     layer_bytes: int
     outer_values: int
     outer_bytes: int
+    outer_packed: int  # weights of embedding and head that are quantized
+    outer_packed_bytes: int  # of them, as stored in the output
+    packed_head: int  # weights of a quantized head, which a student holds dense
     parameters: int
     largest_linear: int
     widest_input: int
@@ -249,6 +274,7 @@ class _Sizes:
         cls,
         streamed: StreamedModel,
         quantized: tuple[LinearPlan, ...],
+        packed_outer: tuple[LinearPlan, ...],
         options: ConvertOptions,
         rows: int,
         seqlen: int,
@@ -256,10 +282,9 @@ class _Sizes:
         tensors, checkpoint = streamed.checkpoint.tensors, streamed.checkpoint
         layers = [streamed.layer_names(i) for i in range(len(streamed.layers))]
         outer = streamed.outer_names()
-        weights = {f"{p.name}.weight" for p in quantized}
-        bits = sum(
-            p.out_features * p.in_features * p.spec.bits_per_weight for p in quantized if p.spec
-        )
+        weights = {f"{p.name}.weight" for p in (*quantized, *packed_outer)}
+        bits, outer_bits = _stored_bits(quantized), _stored_bits(packed_outer)
+        head_size = streamed.config.vocab_size * streamed.config.hidden_size
         adapters = AdapterSpec(options.adapter, max(1, options.rank), options.alpha, options.seed)
         return cls(
             layers=len(layers),
@@ -267,6 +292,9 @@ class _Sizes:
             layer_bytes=max(checkpoint.nbytes(names) for names in layers),
             outer_values=_values(streamed, outer),
             outer_bytes=checkpoint.nbytes(outer),
+            outer_packed=sum(p.out_features * p.in_features for p in packed_outer),
+            outer_packed_bytes=outer_bits // 8,
+            packed_head=head_size if options.head_bits < 16 else 0,
             parameters=_values(streamed, outer) + sum(_values(streamed, n) for n in layers),
             largest_linear=max((p.out_features * p.in_features for p in quantized), default=0),
             widest_input=max((p.in_features for p in quantized), default=0),
@@ -274,10 +302,11 @@ class _Sizes:
             intermediate=streamed.config.intermediate_size,
             vocabulary=streamed.config.vocab_size,
             quantized_weights=sum(p.out_features * p.in_features for p in quantized),
-            quantized_bits=int(bits),
-            output_bytes=int(bits) // 8
-            + sum(t.nbytes for n, t in tensors.items() if n in set(outer))
-            + sum(tensors[n].nbytes for names in layers for n in names if n not in weights),
+            quantized_bits=bits,
+            output_bytes=(bits + outer_bits) // 8
+            + sum(
+                tensors[n].nbytes for names in (outer, *layers) for n in names if n not in weights
+            ),
             trained_values=sum(_trained_values(p, options, adapters) for p in quantized),
             trains_scales=options.trains in ("scales", "adapters+scales", "all"),
             rows=rows,
@@ -287,6 +316,11 @@ class _Sizes:
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
         )
+
+    @property
+    def host_bytes(self) -> int:
+        """Beside a GPU: layers as stored, the one that comes next among them, and what is outer."""
+        return self.layer_bytes * 3 + self.outer_bytes + self.outer_packed_bytes
 
     def states_bytes(self, item: int) -> int:
         return self.rows * self.seqlen * self.hidden * item
@@ -298,7 +332,7 @@ class _Sizes:
     def stream_bytes(self, item: int, choices: Choices) -> int:
         """Full-precision layer as stored and as computed, quantizer's copies, one batch.
 
-        Embedding and head are dropped before the first layer comes.
+        Embedding and head are dropped before the first layer comes; they are quantized in parts.
         """
         layer = self.layer_bytes + self.layer_values * item
         quantizer = 8 * 4 * self.largest_linear
@@ -307,17 +341,19 @@ class _Sizes:
             quantizer += LEARNED_COPIES * 4 * self.learned_values
             quantizer += 3 * self.activations(choices.micro_batch, item)
         hessian = 4 * 4 * self.widest_input**2 if self.hessians else 0
-        outer = self.outer_bytes + self.outer_values * item
+        outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
+        outer += 8 * 4 * min(CHUNK, self.outer_packed)
         batch = 2 * self.activations(choices.batch_rows, item)
         return max(outer, layer + quantizer + hessian + batch)
 
     def train_bytes(self, item: int, choices: Choices) -> int:
         """Weights, what is trained with Adam and the best copy, activations, logits."""
-        weights = self.output_bytes
+        weights = self.output_bytes + self.packed_head * item
         if choices.student == "dense" and self.trains_scales:  # a byte for each code
             weights += self.quantized_weights + 3 * 4 * self.trained_values
         elif choices.student == "dense":
             weights = self.outer_values * item + self.layers * self.layer_values * item
+            weights += self.outer_packed_bytes
         tokens = choices.micro_batch * self.seqlen
         kept = self.layers * tokens * self.hidden * item
         logits = 3 * tokens * self.vocabulary * 4
@@ -327,9 +363,13 @@ class _Sizes:
         return weights + 7 * 4 * self.trained_values + kept + logits + work + dequantized
 
     def work_bytes(self, item: int, options: ConvertOptions) -> int:
-        """Layers and outer tensors, four sets of states (or targets), two training states."""
+        """Layers and outer tensors, four sets of states (or targets), two training states.
+
+        Of embedding and head that are quantized, both the source's and the output's.
+        """
         states = 5 * self.states_bytes(item)
-        return self.output_bytes + states + 2 * 4 * 4 * self.trained_values + (4 << 20)
+        output = self.output_bytes + (self.outer_bytes if self.outer_packed else 0)
+        return output + states + 2 * 4 * 4 * self.trained_values + (4 << 20)
 
 
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
@@ -344,6 +384,13 @@ def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: Adapt
         "adapters+scales": of_adapter + grid,
         "all": 2 * grid,
     }[options.trains]
+
+
+def _stored_bits(linears: Iterable[LinearPlan]) -> int:
+    """Bits of codes, scales and zero-points."""
+    return int(
+        sum(p.out_features * p.in_features * p.spec.bits_per_weight for p in linears if p.spec)
+    )
 
 
 def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
@@ -505,7 +552,7 @@ def _time(
     # Norms, rotary embeddings, activations, residuals, adapters: so many reads and writes.
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
-    moved += SEARCH_BYTES * sizes.quantized_weights * sizes.searches
+    moved += SEARCH_BYTES * (sizes.quantized_weights * sizes.searches + sizes.outer_packed)
     moved += ROTATE_BYTES * sizes.parameters if options.rotate else 0
     seconds = flops / machine.flops + moved / machine.bandwidth
     basis = (

@@ -6,9 +6,9 @@ run the student with it, commit. A packing fault thus shows at layer 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -22,6 +22,13 @@ from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.options import Target
+from rilq.converter.outer import (
+    QUANTIZED_FILE,
+    SOURCE_FILE,
+    embed_as_saved,
+    embedding_name,
+    quantize_outer,
+)
 from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
 from rilq.converter.train import row_order
 from rilq.converter.workdir import WorkDir
@@ -47,6 +54,7 @@ class StreamOptions:
         batch_size, micro_batch: rows of an update, and of one forward pass of it.
         seed: of the order of rows.
         target: what is cached for training: after the final norm, or before it.
+        outer: embedding and head by module name, where they are quantized.
     """
 
     quantizer: Quantizer | LayerQuantizer
@@ -57,6 +65,7 @@ class StreamOptions:
     micro_batch: int = 8
     seed: int = 42
     target: Target = "post-norm"
+    outer: Mapping[str, QuantSpec] = field(default_factory=dict)
 
 
 class StreamingPass:
@@ -106,28 +115,55 @@ class StreamingPass:
 
     def _outer(self) -> None:
         """Embedding, final norm and head: on the device, and saved for the output."""
-        path = self.work.file("outer.safetensors")
         if not self.work.stage("outer"):
-            write_tensors(path, self.checkpoint.read(self.streamed.outer_names()))
+            paths = self._save_outer()
             facts = {"source": self._source_hashes(self.streamed.outer_names())}
-            self.work.commit("outer", "outer", facts, files={path: file_hash(path)})
-        self.streamed.load_outer(load_file(path))
+            self.work.commit("outer", "outer", facts, files={p: file_hash(p) for p in paths})
+        self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
+
+    def _save_outer(self) -> list[Path]:
+        """Write them as in the source and, where any is quantized, as in the output too."""
+        tensors = self.checkpoint.read(self.streamed.outer_names())
+        paths = [self.work.file(SOURCE_FILE)]
+        write_tensors(paths[0], tensors)
+        if self.options.outer:
+            paths.append(self.work.file(QUANTIZED_FILE))
+            write_tensors(
+                paths[1], quantize_outer(tensors, self.options.outer, self.streamed.device)
+            )
+        return paths
 
     def _embedding(self) -> None:
-        path = self._states("teacher", 0)
+        """First hidden states: of the teacher and, with a quantized embedding, of the student."""
+        states = self._embedded("teacher")
+        if self._student_embeds:
+            embed_as_saved(
+                self.streamed, load_file(self.work.file(QUANTIZED_FILE)), self.options.outer
+            )
+            states |= self._embedded("student")
+        self.work.commit("layers", "embedding", {}, passing=states)
+
+    def _embedded(self, who: str) -> dict[Path, str]:
+        """Write `who`'s first hidden states with the embedding as it is loaded; file and xxh3."""
+        path = self._states(who, 0)
         with self._writer(path, "the embedding") as writer:
             for start in range(0, len(self.tokens), self.options.batch_rows):
                 rows = self.tokens[start : start + self.options.batch_rows]
                 writer.append(self.streamed.embed(rows))
-        # Nothing is quantized yet: the student starts from the teacher's file.
-        self.work.commit("layers", "embedding", {}, passing={path: writer.digest})
+        return {path: writer.digest}
+
+    @property
+    def _student_embeds(self) -> bool:
+        """Whether the embedding is quantized; else the student starts from the teacher's file."""
+        return embedding_name(self.streamed) in self.options.outer
 
     def _layer(self, index: int) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
         names = self.streamed.layer_names(index)
         tensors = self.checkpoint.read(names)
         teacher = self._store(self._states("teacher", index))
-        student = self._store(self._states("student" if index else "teacher", index))
+        apart = bool(index) or self._student_embeds
+        student = self._store(self._states("student" if apart else "teacher", index))
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)

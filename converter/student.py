@@ -95,6 +95,9 @@ class _Given(nn.Module):
 class Student(nn.Module):
     """transformers' own model over quantized weights.
 
+    A quantized embedding stays packed: only the rows of a batch are dequantized. A quantized head
+    is dequantized once in either tier: each batch needs all of it, in a temporary as large.
+
     Args:
         config: of the source model.
         quantization: which linears are quantized and how.
@@ -145,6 +148,9 @@ class Student(nn.Module):
             )
         self._last: Tensor | None = None
         layers[-1].register_forward_hook(self._keep_output)
+        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, RilqLinear):
+            self.model.set_output_embeddings(_dense(head, dtype))  # type: ignore[operator]
 
     def _linear(
         self,

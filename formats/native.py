@@ -1,9 +1,10 @@
 """The native format: quantized linears as tensors, as a torch module, and for transformers.
 
 A quantized linear `X` is `X.weight` int32 `[out, in * bits / 32]` (packed codes), `X.weight_scale`
-and `X.zero_point` float16 `[out, groups]`, and `X.bias` in 16 bits where the model has one. The
-packed tensor is called `weight` on purpose: without `import rilq`, transformers then stops with a
-size mismatch, where under any other name it would warn and go on with random weights.
+and `X.zero_point` float16 `[out, groups]`, and `X.bias` in 16 bits where the model has one. A
+quantized embedding is stored likewise, one row for each token. The packed tensor is called `weight`
+on purpose: without `import rilq`, transformers then stops with a size mismatch, where under any
+other name it would warn and go on with random weights.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rilq.errors import CheckpointError
-from rilq.formats.packed_linear import RilqLinear, packed_linear
+from rilq.formats.packed_embedding import (
+    RilqEmbedding,
+    TiedRilqLinear,
+    replace_embedding,
+    replace_head,
+)
+from rilq.formats.packed_linear import PackedModule, RilqLinear, packed_linear
 from rilq.formats.packing import pack, unpack
 from rilq.formats.shard_writer import TensorLayout
-from rilq.formats.spec import BITS, GROUP_SIZES, QuantizedLinear, QuantSpec
+from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantizedLinear, QuantSpec
 
 __all__ = [
     "FORMAT_VERSION",
+    "OUTER_FORMAT_VERSION",
     "QUANT_METHOD",
     "RilqConfig",
+    "RilqEmbedding",
     "RilqHfQuantizer",
     "RilqLinear",
     "native_layout",
@@ -35,10 +44,12 @@ __all__ = [
     "packed_linear",
     "quantized_linear_from",
     "replace_linears",
+    "replace_modules",
 ]
 
 QUANT_METHOD = "rilq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # embedding and head in 16 bits: what every rilq reads
+OUTER_FORMAT_VERSION = 2  # one of them quantized, which readers of version 1 do not know
 
 
 class RilqConfig(QuantizationConfigMixin):
@@ -47,10 +58,13 @@ class RilqConfig(QuantizationConfigMixin):
     Args:
         bits: 2, 3, 4 or 8, for every linear that `bits_for` does not name.
         group_size: input channels that share a scale and a zero-point.
-        format_version: of the tensors; only `FORMAT_VERSION` can be read.
+        format_version: of the tensors, `FORMAT_VERSION` or `OUTER_FORMAT_VERSION`; None for the
+            least that says what is quantized.
         modules_to_not_convert: linears kept in 16 bits: a module's full name, its last parts
             (`lm_head`, `mlp.gate`), a parent of it (`model.layers.0`), or a pattern with `*`.
         bits_for: full module name to bits.
+        embed_bits, head_bits: of the input embedding and the output head, 16, 8 or 4; 16 is not
+            quantized. In a tied model they are one matrix, and equal.
         recipe: what made the checkpoint; carried along, never interpreted.
         other: keys of other programs; ignored, since a change of meaning changes the version.
 
@@ -63,16 +77,21 @@ class RilqConfig(QuantizationConfigMixin):
         bits: int = 2,
         group_size: int = 64,
         *,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         modules_to_not_convert: Iterable[str] | None = None,
         bits_for: Mapping[str, int] | None = None,
+        embed_bits: int = 16,
+        head_bits: int = 16,
         recipe: Mapping[str, Any] | None = None,
         **other: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum in transformers
         self.bits = bits
         self.group_size = group_size
-        self.format_version = format_version
+        self.embed_bits, self.head_bits = embed_bits, head_bits
+        plain = (embed_bits, head_bits) == (16, 16)
+        least = FORMAT_VERSION if plain else OUTER_FORMAT_VERSION
+        self.format_version = least if format_version is None else format_version
         skipped = ("lm_head",) if modules_to_not_convert is None else modules_to_not_convert
         self.modules_to_not_convert = list(skipped)
         self.bits_for = dict(bits_for or {})
@@ -80,10 +99,19 @@ class RilqConfig(QuantizationConfigMixin):
         self._check()
 
     def _check(self) -> None:
-        if self.format_version != FORMAT_VERSION:
+        if self.format_version not in (FORMAT_VERSION, OUTER_FORMAT_VERSION):
             raise ValueError(
                 f"quantization_config: format_version {self.format_version!r}, this rilq reads "
-                f"{FORMAT_VERSION}\n  upgrade rilq, or convert the model again with this one"
+                f"{FORMAT_VERSION} and {OUTER_FORMAT_VERSION}\n"
+                "  upgrade rilq, or convert the model again with this one"
+            )
+        outer = {"embed_bits": self.embed_bits, "head_bits": self.head_bits}
+        allowed = (16,) if self.format_version == FORMAT_VERSION else OUTER_BITS
+        if strange := {name: bits for name, bits in outer.items() if bits not in allowed}:
+            raise ValueError(
+                f"quantization_config: {strange}, expected one of {allowed} in format_version "
+                f"{self.format_version}\n"
+                "  config.json was changed, or is damaged; download it again"
             )
         wrong = {n: b for n, b in {"bits": self.bits, **self.bits_for}.items() if b not in BITS}
         if wrong:
@@ -102,6 +130,16 @@ class RilqConfig(QuantizationConfigMixin):
         if any(_names(pattern, module_name) for pattern in self.modules_to_not_convert):
             return None
         return QuantSpec(self.bits_for.get(module_name, self.bits), self.group_size)
+
+    @property
+    def embedding_spec(self) -> QuantSpec | None:
+        """How the input embedding is quantized; None if it is not."""
+        return QuantSpec(self.embed_bits, self.group_size) if self.embed_bits < 16 else None
+
+    @property
+    def head_spec(self) -> QuantSpec | None:
+        """How the output head is quantized; None if it is not."""
+        return QuantSpec(self.head_bits, self.group_size) if self.head_bits < 16 else None
 
 
 def _names(pattern: str, module_name: str) -> bool:
@@ -182,7 +220,7 @@ def replace_linears(model: nn.Module, config: RilqConfig, prefix: str = "") -> l
     head = get_head() if callable(get_head) else None
     replaced = []
     for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or module is head or isinstance(module, RilqLinear):
+        if not isinstance(module, nn.Linear) or module is head or isinstance(module, PackedModule):
             continue
         name = f"{prefix}.{path}" if prefix else path
         spec = config.linear_spec(name)
@@ -207,6 +245,27 @@ def replace_linears(model: nn.Module, config: RilqConfig, prefix: str = "") -> l
     return replaced
 
 
+def replace_modules(model: nn.Module, config: RilqConfig, prefix: str = "") -> list[str]:
+    """`replace_linears` of a whole model, and its embedding and head where they are quantized.
+
+    Raises:
+        ValueError: the model does not fit the configuration; the message names the module.
+    """
+    replaced = replace_linears(model, config, prefix)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    if tied and config.embed_bits != config.head_bits:
+        raise ValueError(
+            f"quantization_config: embed_bits {config.embed_bits}, head_bits {config.head_bits}, "
+            "but with tie_word_embeddings they are one matrix\n"
+            "  config.json was changed, or is damaged; download it again"
+        )
+    if (spec := config.embedding_spec) is not None:
+        replaced.append(replace_embedding(model, spec))
+    if (spec := config.head_spec) is not None:
+        replaced += filter(None, [replace_head(model, spec, tied=tied)])
+    return replaced
+
+
 class RilqHfQuantizer(HfQuantizer):
     """Lets `from_pretrained` load native checkpoints; it does not quantize."""
 
@@ -217,9 +276,9 @@ class RilqHfQuantizer(HfQuantizer):
         # A bare decoder (AutoModel) names its modules without the prefix that config.json has.
         base = getattr(model, "base_model_prefix", "")
         prefix = base if base and not hasattr(model, base) else ""
-        replace_linears(model, self.quantization_config, prefix)
+        replace_modules(model, self.quantization_config, prefix)
         for module in model.modules():
-            if isinstance(module, RilqLinear):
+            if isinstance(module, PackedModule):
                 # What transformers has not loaded it draws from a normal distribution, codes too;
                 # weights that wait on disk for accelerate look to it as if they were missing.
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -228,13 +287,13 @@ class RilqHfQuantizer(HfQuantizer):
         """Turn transformers' mere report of missing tensors into an error.
 
         Raises:
-            ValueError: tensors of quantized linears were not in the checkpoint, or codes that wait
+            ValueError: tensors of quantized modules were not in the checkpoint, or codes that wait
                 on disk would not come back as they are.
         """
         tensors: dict[str, Tensor] = {}
-        hooked: list[tuple[str, RilqLinear]] = []
+        hooked: list[tuple[str, PackedModule]] = []
         for path, module in model.named_modules():
-            if not isinstance(module, RilqLinear):
+            if not isinstance(module, PackedModule):
                 continue
             if hasattr(module, "_hf_hook"):
                 # accelerate has moved the tensors, and with that removed transformers' marks.
@@ -254,14 +313,21 @@ class RilqHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Replace every packed linear by a dense one in `dtype`."""
+        """Replace every packed module by a dense one in `dtype`; a tied head stays tied."""
+        dtype, tied = dtype or torch.float16, False
         for path, module in list(model.named_modules()):
-            if isinstance(module, RilqLinear):
-                weight = module.dense_weight(dtype or torch.float16)
+            if isinstance(module, RilqEmbedding):
+                model.set_submodule(path, module.dense(dtype))
+            elif isinstance(module, RilqLinear):
                 dense = nn.Linear(module.in_features, module.out_features, False, device="meta")
-                dense.weight = nn.Parameter(weight, requires_grad=False)
+                if isinstance(module, TiedRilqLinear):
+                    tied = True  # takes the embedding's weight below
+                else:
+                    dense.weight = nn.Parameter(module.dense_weight(dtype), requires_grad=False)
                 dense.bias = module.bias
                 model.set_submodule(path, dense.train(module.training))
+        if tied:
+            model.tie_weights()  # type: ignore[operator]
         return model
 
     def is_serializable(self) -> bool:
@@ -274,7 +340,7 @@ class RilqHfQuantizer(HfQuantizer):
         return True
 
 
-def _check_offloaded(path: str, module: RilqLinear) -> None:
+def _check_offloaded(path: str, module: PackedModule) -> None:
     # transformers 5.5 makes accelerate cast all that it reads from disk to the model's dtype; later
     # versions keep integers. A float holds 24 bits of a word's 32: quietly another weight.
     stored = getattr(module._hf_hook, "weights_map", None)

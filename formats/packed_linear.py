@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from rilq.formats.packing import dequantize_packed, stored_codes
 from rilq.formats.spec import QuantSpec
+
+CHUNK = 1 << 24  # weights that are dequantized together: 64 MB in float32
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -85,23 +87,94 @@ def packed_linear(
     return result
 
 
-class RilqLinear(nn.Linear):
-    """A linear over packed codes; an `nn.Linear`, because PEFT adapts no other kind of module.
+class PackedModule(nn.Module):
+    """A module whose weight is packed codes, with a scale and a zero-point for each group.
 
     Scale and zero-point are buffers and stay float16 whatever the module is cast to: bfloat16 has
-    three bits less, so `.to(torch.bfloat16)` would quietly change the weights. Only inputs and
-    adapters can be trained; the codes are integers.
+    three bits less, so `.to(torch.bfloat16)` would quietly change the weights.
+
+    Attributes:
+        weight: `[rows, width * bits / 32]` int32 parameter without gradient.
+        weight_scale, zero_point: `[rows, width / group_size]` float16.
+    """
+
+    _KEPT: ClassVar[tuple[str, ...]] = ("weight_scale", "zero_point")
+
+    weight: Tensor
+    weight_scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_size: int
+
+    def _allocate(
+        self, rows: int, width: int, spec: QuantSpec, device: torch.device | str | None
+    ) -> None:
+        """Allocate the tensors, unset.
+
+        Raises:
+            ValueError: `width` is not a multiple of the group size.
+        """
+        if width % spec.group_size:
+            raise ValueError(
+                f"in_features {width} is not a multiple of group size {spec.group_size}"
+            )
+        self.bits, self.group_size = spec.bits, spec.group_size
+        words, groups = (rows, width * spec.bits // 32), (rows, width // spec.group_size)
+        self.weight = nn.Parameter(torch.empty(words, dtype=torch.int32, device=device), False)
+        for name in self._KEPT:
+            self.register_buffer(name, torch.empty(groups, dtype=torch.float16, device=device))
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight `[rows, width]`; beside it, memory for a bounded part of it."""
+        rows, words = self.weight.shape
+        dense = torch.empty(rows, words * 32 // self.bits, dtype=dtype, device=self.weight.device)
+        for part in row_chunks(*dense.shape):
+            dense[part] = dequantize_packed(
+                self.weight[part],
+                self.weight_scale[part],
+                self.zero_point[part],
+                self.bits,
+                dtype=dtype,
+            )
+        return dense
+
+    def reset_parameters(self) -> None:
+        """Nothing: codes are loaded, never drawn."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
+        """Move like any module, but keep the dtype of scale and zero-point."""
+        kept = {name: self._buffers.pop(name) for name in self._KEPT}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, old in kept.items():
+                moved = fn(old)  # type: ignore[arg-type]
+                kept[name] = moved if moved.dtype == old.dtype else old.to(moved.device)  # type: ignore[union-attr]
+        finally:
+            self._buffers.update(kept)
+        return self
+
+    def extra_repr(self) -> str:
+        """As the dense module shows itself, with bits and group size."""
+        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix, of at most `CHUNK` values each (but at least one row)."""
+    step = max(1, CHUNK // width)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+class RilqLinear(PackedModule, nn.Linear):
+    """A linear over packed codes; an `nn.Linear`, because PEFT adapts no other kind of module.
+
+    Only inputs and adapters can be trained; the codes are integers.
 
     Attributes:
         weight: `[out_features, in_features * bits / 32]` int32 parameter without gradient.
         weight_scale, zero_point: `[out_features, in_features / group_size]` float16.
         bias: `[out_features]` or None.
     """
-
-    _KEPT = ("weight_scale", "zero_point")
-
-    weight_scale: Tensor
-    zero_point: Tensor
 
     def __init__(
         self,
@@ -119,17 +192,8 @@ class RilqLinear(nn.Linear):
             ValueError: `in_features` is not a multiple of the group size.
         """
         nn.Module.__init__(self)  # nn.Linear's own would allocate a dense weight
-        if in_features % spec.group_size:
-            raise ValueError(
-                f"in_features {in_features} is not a multiple of group size {spec.group_size}"
-            )
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size = spec.bits, spec.group_size
-        words = (out_features, in_features * spec.bits // 32)
-        groups = (out_features, in_features // spec.group_size)
-        self.weight = nn.Parameter(torch.empty(words, dtype=torch.int32, device=device), False)
-        for name in self._KEPT:
-            self.register_buffer(name, torch.empty(groups, dtype=torch.float16, device=device))
+        self._allocate(out_features, in_features, spec, device)
         own = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if own is None else nn.Parameter(own, False))
 
@@ -138,28 +202,3 @@ class RilqLinear(nn.Linear):
         return packed_linear(
             x, self.weight, self.weight_scale, self.zero_point, self.bias, self.bits
         )
-
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight `[out_features, in_features]`."""
-        return dequantize_packed(
-            self.weight, self.weight_scale, self.zero_point, self.bits, dtype=dtype
-        )
-
-    def reset_parameters(self) -> None:
-        """Nothing: codes are loaded, never drawn."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RilqLinear:
-        """Move like any module, but keep the dtype of scale and zero-point."""
-        kept = {name: self._buffers.pop(name) for name in self._KEPT}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, old in kept.items():
-                moved = fn(old)  # type: ignore[arg-type]
-                kept[name] = moved if moved.dtype == old.dtype else old.to(moved.device)  # type: ignore[union-attr]
-        finally:
-            self._buffers.update(kept)
-        return self
-
-    def extra_repr(self) -> str:
-        """As `nn.Linear` shows itself, with bits and group size."""
-        return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 
-from rilq.formats.native import RilqLinear
+from rilq.formats.packed_linear import PackedModule
 
 _peft_check = BaseTuner._check_merge_allowed
 
@@ -17,12 +17,12 @@ def _check_merge_allowed(tuner: Any) -> None:
     """PEFT's check, and ours.
 
     Raises:
-        ValueError: an adapter lies on a packed linear.
+        ValueError: an adapter lies on a packed module.
     """
     adapted = [
         name
         for name, module in tuner.model.named_modules()
-        if isinstance(getattr(module, "base_layer", None), RilqLinear)
+        if isinstance(getattr(module, "base_layer", None), PackedModule)
     ]
     if adapted:
         raise ValueError(

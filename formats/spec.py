@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (2, 3, 4, 8)
+OUTER_BITS = (16, 8, 4)  # of embedding and head; 16: as in the source
 GROUP_SIZES = (32, 64, 128)
 
 

@@ -491,6 +491,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "clip": ({"clip": "none"}, "--clip: None there, 'none' now"),
     "zero-point": ({"zero_point": "integer"}, "--zero-point: 'real' there, 'integer' now"),
     "skip": ({"skip": ("o_proj",)}, "--skip: [] there, ['o_proj'] now"),
+    "embedding": ({"embed_bits": 8}, "--embed-bits: 16 there, 8 now"),
+    "head": ({"head_bits": 4}, "--head-bits: 16 there, 4 now"),
     "bits for": ({"bits_for": (("o_proj", 4),)}, "--bits-for: {} there, {'o_proj': 4} now"),
     "rotate": ({"rotate": True}, "--rotate: False there, True now"),
     "rows": ({"rows": "documents"}, "--rows: 'packed' there, 'documents' now"),
