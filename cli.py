@@ -109,6 +109,9 @@ def _convert_options(
     adapter: Annotated[
         str, _option(_TRAIN, "pooled: merged; lora: the paper's, kept beside the base.")
     ] = "pooled",
+    adapter_init: Annotated[
+        str, _option(_TRAIN, "What adapters start from: zero, loftq or eora (closed forms).")
+    ] = "zero",
     lr: Annotated[
         float | None, _option(_TRAIN, "Learning rate. (default: 1e-4 x 4096 / hidden size)")
     ] = None,
@@ -155,6 +158,7 @@ def _convert_options(
         rank=rank,
         alpha=alpha,
         adapter=adapter,  # type: ignore[arg-type]
+        adapter_init=adapter_init,  # type: ignore[arg-type]
         learning_rate=lr,
         steps=steps,
         batch_size=batch_size,

@@ -14,6 +14,7 @@ from rilq.errors import OptionError
 from rilq.formats.spec import BITS, GROUP_SIZES, QuantSpec
 
 AdapterKind = Literal["pooled", "lora"]
+AdapterInit = Literal["zero", "loftq", "eora"]
 Clip = Literal["none", "search"]
 Tier = Literal["dense", "packed"]
 DEFAULT_CLIP: dict[str, Clip] = {"rtn": "none", "gptq": "search"}
@@ -53,6 +54,7 @@ class ConvertOptions:
     rank: int = 16
     alpha: float = 16.0
     adapter: AdapterKind = "pooled"
+    adapter_init: AdapterInit = "zero"
     learning_rate: float | None = None
     steps: int = 100
     batch_size: int = 8
@@ -128,6 +130,7 @@ def _check(options: ConvertOptions) -> None:
         "zero_point": ("real", "integer"),
         "rows": ("packed", "documents"),
         "adapter": ("pooled", "lora"),
+        "adapter_init": ("zero", "loftq", "eora"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "student": ("auto", "dense", "packed"),
         "resume": ("auto", "never", "required"),
@@ -142,6 +145,8 @@ def _check(options: ConvertOptions) -> None:
             problems.append(f"{flag(key)} {getattr(o, key)}: expected at least {low}")
     if o.rank < 0:
         problems.append(f"--rank {o.rank}: expected 0 (no adapters) or more")
+    if o.adapter_init != "zero" and o.rank == 0:
+        problems.append(f"--adapter-init {o.adapter_init}: needs adapters; pass --rank above 0")
     if not 0 < o.val_ratio < 1:
         problems.append(f"--val-ratio {o.val_ratio}: expected between 0 and 1")
     if not 0 < o.alpha < float("inf"):

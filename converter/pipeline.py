@@ -24,6 +24,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.finish import QuantizedParts, write_output
+from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine
 from rilq.converter.options import ConvertOptions, flag
@@ -158,6 +159,7 @@ class _Conversion:
                 build_quantizer(self.options.quantizer, clip=self.options.clip),
                 self.options.spec_for,
                 self.choices.batch_rows,
+                self._initial(),
             ),
             self.report,
         )
@@ -181,6 +183,12 @@ class _Conversion:
             adapters = load_file(self.work.file("adapters.safetensors"))
         self._write(adapters, quantization, data, quality, recipe, fingerprint)
         return quality
+
+    def _initial(self) -> InitialAdapters | None:
+        """How adapters start, where that is found while quantizing."""
+        if self.adapter_spec is None or self.options.adapter_init == "zero":
+            return None
+        return InitialAdapters(self.options.adapter_init, self.adapter_spec)
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
         """Calibration rows, cut once and kept: a stopped job needs no network to go on."""
@@ -228,6 +236,7 @@ class _Conversion:
         spec = self.adapter_spec
         assert spec is not None, "training needs adapters"
         student = self._student(QuantizedParts(self.work, self.layers), quantization, adapted=True)
+        use_initial(student.adapters, self.work)
         o = self.options
         trainer = Trainer(
             student,

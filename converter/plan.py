@@ -271,7 +271,7 @@ class _Sizes:
             * (options.rank > 0),
             rows=rows,
             seqlen=seqlen,
-            hessians=options.quantizer != "rtn",
+            hessians=options.quantizer != "rtn" or options.adapter_init == "eora",
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) == "search",
         )
 
@@ -309,7 +309,9 @@ class _Sizes:
     def work_bytes(self, item: int, options: ConvertOptions) -> int:
         """Layers and outer tensors, four sets of states (or targets), two training states."""
         states = 5 * self.states_bytes(item)
-        return self.output_bytes + states + 2 * 4 * 4 * self.adapter_values + (4 << 20)
+        initial = 4 * self.adapter_values if options.adapter_init != "zero" else 0
+        trained = 2 * 4 * 4 * self.adapter_values
+        return self.output_bytes + states + initial + trained + (4 << 20)
 
 
 def _values(streamed: StreamedModel, names: Iterable[str]) -> int:

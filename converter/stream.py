@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.calib.statistics import HessianSum
+from rilq.converter.adapters import Adapter
+from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.quantizers import Quantizer
@@ -39,11 +41,33 @@ class StreamOptions:
         quantizer: of every quantized linear.
         spec_for: full module name to spec; None leaves a linear as it is.
         batch_rows: calibration rows that run at once.
+        initial: what adapters start from, to be found with the codes; None for what needs no data.
+            The student's states are then those of the layers with their adapters.
+        after_layer: told of every layer while it is still loaded; for analyses.
     """
 
     quantizer: Quantizer
     spec_for: Callable[[str], QuantSpec | None]
     batch_rows: int
+    initial: InitialAdapters | None = None
+    after_layer: Callable[[StreamedLayer], None] | None = None
+
+
+@dataclass(frozen=True)
+class StreamedLayer:
+    """A decoder layer that is quantized, still loaded.
+
+    Attributes:
+        tensors, saved: as read from the checkpoint, and as they are stored, by full name.
+        inputs: what the student's layer was run on.
+        wanted: the teacher's output.
+    """
+
+    index: int
+    tensors: dict[str, Tensor]
+    saved: dict[str, Tensor]
+    inputs: ActivationStore
+    wanted: ActivationStore
 
 
 class StreamingPass:
@@ -118,26 +142,36 @@ class StreamingPass:
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
+            saved, adapters = self._quantize(index, tensors, student)
             path = self.work.file(f"layer-{index:04d}.safetensors")
-            write_tensors(path, self._quantize(index, tensors, student))
-            self._use_saved(index, load_file(path))
+            write_tensors(path, saved)
+            paths = [path]
+            if adapters:
+                paths.append(self.work.file(f"{PREFIX}{index:04d}.safetensors"))
+                write_tensors(paths[1], adapter_tensors(adapters))
+            self._use_saved(index, {n: t for each in paths for n, t in load_file(each).items()})
             student_digest, error = self._propagate_compared(
                 index, student, next_student, self._store(next_teacher)
             )
+            if self.options.after_layer is not None:
+                wanted = self._store(next_teacher)
+                self.options.after_layer(StreamedLayer(index, tensors, saved, student, wanted))
         return_free_memory()
         self.work.commit(
             "layers",
             f"layer {index}",
             {"error": error, "source": self._source_hashes(names)},
-            files={path: file_hash(path)},
+            files={each: file_hash(each) for each in paths},
             passing={next_teacher: digest, next_student: student_digest},
         )
         return error
 
     def _quantize(
         self, index: int, tensors: dict[str, Tensor], student: ActivationStore
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """Quantize a loaded layer's linears; all of its tensors as they will be stored.
+
+        Also the adapters that start from something found here.
 
         Linears are taken in the order in which they run, those that share an input together, so
         that each sees what the quantized ones before it produce.
@@ -148,27 +182,38 @@ class StreamingPass:
             if self.options.spec_for(name) is not None
         }
         saved = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in linears}
+        adapters: dict[str, Adapter] = {}
         if not linears:
-            return saved
+            return saved, adapters
+        quantizer, initial = self.options.quantizer, self.options.initial
         probe = student.read(0, 1).to(self.streamed.device)
         for group in input_groups(self.streamed, index, linears, probe):
-            prepared = None
-            if self.options.quantizer.needs_hessian:
+            prepared = hessian = None
+            if quantizer.needs_hessian or (initial and initial.needs_hessian):
                 hessian = self._hessian(index, linears[group[0]], student)
+            if quantizer.needs_hessian:
+                assert hessian is not None
                 with _named(group[0]):
-                    prepared = self.options.quantizer.prepare(hessian)
-                del hessian
+                    prepared = quantizer.prepare(hessian)
+            if not (initial and initial.needs_hessian):
+                hessian = None  # of a wide linear it is the largest thing in memory
             for name in group:
                 spec = self.options.spec_for(name)
                 assert spec is not None, name
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
-                    quantized = self.options.quantizer.quantize(weight, spec, prepared)
+                    if initial is None:
+                        quantized = quantizer.quantize(weight, spec, prepared)
+                    else:
+                        quantized, adapters[name] = initial.quantize(
+                            name, weight, quantizer, spec, prepared, hessian
+                        )
                 native = native_tensors(name, quantized)
-                _assign(linears[name], native, name, spec)
+                started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
+                self._assign(linears[name], native | started, name, spec)
                 saved |= {n: t.cpu() for n, t in native.items()}
             return_free_memory()
-        return saved
+        return saved, adapters
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
@@ -180,7 +225,21 @@ class StreamingPass:
     def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
         for name, module in self.streamed.linears(index).items():
             if (spec := self.options.spec_for(name)) is not None:
-                _assign(module, saved, name, spec)
+                self._assign(module, saved, name, spec)
+
+    def _assign(
+        self, module: nn.Linear, stored: dict[str, Tensor], name: str, spec: QuantSpec
+    ) -> None:
+        """Give a loaded linear the weight that its stored tensors stand for, adapter included."""
+        words, scale, zero_point = (
+            stored[f"{name}.{part}"].to(module.weight.device)
+            for part in ("weight", "weight_scale", "zero_point")
+        )
+        weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
+        if self.options.initial is not None:
+            a, b = stored[f"{name}.a"], stored[f"{name}.b"]
+            weight = corrected(weight, a, b, self.options.initial.spec, spec.group_size)
+        module.weight = nn.Parameter(weight, requires_grad=False)
 
     def _propagate(self, index: int, source: ActivationStore, target: Path) -> str:
         """Run a loaded layer over all rows, from file to file; the new file's xxh3."""
@@ -272,13 +331,3 @@ def _named(linear: str) -> Iterator[None]:
         yield
     except RilqError as err:
         raise type(err)(f"{linear}: {err}") from err
-
-
-def _assign(module: nn.Linear, native: dict[str, Tensor], name: str, spec: QuantSpec) -> None:
-    """Give a loaded linear the weight that its native tensors stand for."""
-    words, scale, zero_point = (
-        native[f"{name}.{part}"].to(module.weight.device)
-        for part in ("weight", "weight_scale", "zero_point")
-    )
-    weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
-    module.weight = nn.Parameter(weight, requires_grad=False)
