@@ -348,7 +348,7 @@ class _Conversion:
             "job": job_hash(fingerprint),
             "versions": versions(),
             "source": {
-                "name": _base_name(self.job.checkpoint),
+                "name": base_name(self.job.checkpoint),
                 "commit": self.job.checkpoint.source.commit,
                 "header_hash": self.job.checkpoint.header_hash(),
             },
@@ -441,6 +441,7 @@ def _clean(options: ConvertOptions, fingerprint: dict[str, Any], report: Reporte
         work.remove()
 
 
-def _base_name(checkpoint: Checkpoint) -> str:
+def base_name(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called in results: without any path of this machine."""
     label = checkpoint.source.label
     return label if checkpoint.source.commit else Path(label).resolve().name
