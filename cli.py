@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -510,11 +511,12 @@ def _evaluation_table(model: str, result: "Evaluation") -> Table:
 def _analysis_table(found: "Analysis") -> Table:
     from rilq.converter.analysis import HEADINGS, table_rows
 
-    table = Table(title=found.model, title_justify="left")
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if number < 2 else "right")
-    for row in table_rows(found):
-        table.add_row(*row)
+    table = Table(title=found.model, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("scope, what is fixed")
+    for heading in HEADINGS[2:]:
+        table.add_column(heading, justify="right")
+    for scope, fixed, *figures in table_rows(found):
+        table.add_row(f"{scope}, {fixed}" if fixed else scope, *figures)
     return table
 
 

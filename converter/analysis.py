@@ -235,7 +235,7 @@ class Analysis:
 
 # ---- the table ----------------------------------------------------------------------------------
 
-HEADINGS = ("scope", "scaling", "rank", "perplexity", "gap closed", "state error", "weight error")
+HEADINGS = ("scope", "fixed", "rank", "perplexity", "gap closed", "state error", "weight error")
 
 
 def table_rows(found: Analysis) -> list[tuple[str, ...]]:
@@ -272,7 +272,7 @@ def as_markdown(found: Analysis) -> str:
     ]
     ranks = sorted(found.spectra[0].captured)
     if moves := found.movements():
-        names = ("scope", "scaling", f"gap at rank {ranks[0]}", f"gap at rank {ranks[-1]}")
+        names = ("scope", "fixed", f"gap at rank {ranks[0]}", f"gap at rank {ranks[-1]}")
         cells = [
             (*labels(m.scope, m.scaling), *(f"{x:.3f}" for x in (m.first, m.last, m.change)))
             for m in moves
@@ -289,7 +289,7 @@ def as_markdown(found: Analysis) -> str:
 def labels(scope: Scope, scaling: Scaling) -> tuple[str, str]:
     """Names of a scope and a scaling for people."""
     name = "weight-SVD" if scope == "svd" else f"{scope}-loss"
-    return name, "closed form" if scaling == "none" else f"fixed {scaling}"
+    return name, "closed form" if scaling == "none" else scaling
 
 
 def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -27,6 +27,7 @@ from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.analysis import Analysis, AnalyzeOptions, Measured, Row, as_markdown
+from rilq.converter.analysis_plot import plot
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.initial import set_adapters
 from rilq.converter.layers import StreamedModel
@@ -51,7 +52,7 @@ JSON_NAME, TABLE_NAME, PLOT_NAME = "analysis.json", "analysis.md", "analysis.png
 
 
 def analyze(options: AnalyzeOptions, report: Reporter) -> Analysis:
-    """Fit adapters at all scopes and ranks, measure them, and write the JSON file and the table.
+    """Fit adapters at all scopes and ranks, measure them, and write JSON, table and plot.
 
     Raises:
         InputError: before any work, for what cannot succeed.
@@ -68,7 +69,22 @@ def analyze(options: AnalyzeOptions, report: Reporter) -> Analysis:
             found = _Analyzer(options, job, work, rows, held_out, report).run()
     write_bytes(options.output / JSON_NAME, (json.dumps(found.as_dict(), indent=2) + "\n").encode())
     write_bytes(options.output / TABLE_NAME, as_markdown(found).encode())
+    _plot(found, options.output, report)
     return found
+
+
+def _plot(found: Analysis, output: Path, report: Reporter) -> None:
+    """Write the figure, if matplotlib is there; an older one must not stand beside new numbers."""
+    (output / PLOT_NAME).unlink(missing_ok=True)
+    try:
+        image = plot(found)
+    except ImportError as err:
+        report.warn(
+            f"no {PLOT_NAME}: {err}\n  pip install rilq[plot], and run again; the table and "
+            f"{JSON_NAME} are complete"
+        )
+        return
+    write_bytes(output / PLOT_NAME, image)
 
 
 class _Analyzer:

@@ -41,7 +41,7 @@ class SpectrumSum:
     def add(self, weight: Tensor, error: Tensor) -> None:
         """Count one linear: `W` and `W - What`, `[out_features, in_features]` float32."""
         rows = error if error.shape[0] <= error.shape[1] else error.T
-        squares = torch.linalg.eigvalsh((rows @ rows.T).cpu().double()).clamp(min=0).flip(0)
+        squares = torch.linalg.eigvalsh((rows @ rows.T).double()).clamp(min=0).flip(0).cpu()
         size = weight.square().sum().item()
         self._error += squares.sum().item()
         self._weight += size
