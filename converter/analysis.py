@@ -278,12 +278,12 @@ def as_markdown(found: Analysis) -> str:
             for m in moves
         ]
         lines += ["", *_markdown_table((*names, "change"), cells)]
-    names = ("bits", "relative error", *(f"removed by rank {rank}" for rank in ranks))
+    columns = ("bits", "relative error", *(f"removed by rank {rank}" for rank in ranks))
     shares = [
         (str(p.bits), f"{p.relative_error:.4f}", *(f"{p.captured[rank]:.3f}" for rank in ranks))
         for p in found.spectra
     ]
-    return "\n".join([*lines, "", *_markdown_table(names, shares)]) + "\n"
+    return "\n".join([*lines, "", *_markdown_table(columns, shares)]) + "\n"
 
 
 def labels(scope: Scope, scaling: Scaling) -> tuple[str, str]:

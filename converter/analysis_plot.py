@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rilq.converter.analysis import Analysis, Row, labels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes  # type: ignore[import-not-found,unused-ignore]
 
 COLOURS = {"svd": "#7f7f7f", "linear": "#1f77b4", "layer": "#e08214", "model": "#b2182b"}
 MARKERS = {"svd": "s", "linear": "^", "layer": "D", "model": "o"}
@@ -23,7 +23,7 @@ def plot(found: Analysis) -> bytes:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
+    import matplotlib  # type: ignore[import-not-found,unused-ignore]
 
     matplotlib.use("Agg")  # no display is needed, or asked for
     from matplotlib import pyplot
@@ -84,7 +84,7 @@ def _against_rank(axes: Axes, found: Analysis, value: Callable[[Row], float]) ->
 
 def _plain_numbers(axes: Axes) -> None:
     """A logarithmic axis that spans little is labelled 20, 30, 40 and not 2 x 10^1."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # type: ignore[import-not-found,unused-ignore]
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0), numticks=12))
     axes.yaxis.set_major_formatter(ScalarFormatter())

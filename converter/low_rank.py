@@ -66,18 +66,21 @@ def pooled_error(error: Tensor, group_size: int, hessian: Tensor | None = None) 
         `C [out_features, in_features / group_size]`, in the dtype of `error`.
     """
     if hessian is None:
-        return error.unflatten(1, (-1, group_size)).mean(-1)
+        means: Tensor = error.unflatten(1, (-1, group_size)).mean(-1)
+        return means
     pooled = hessian.to(error.dtype).unflatten(1, (-1, group_size)).sum(-1)  # H P [in, groups]
     metric = pooled_hessian(hessian, group_size).to(torch.float64)
     # A pseudo-inverse: channels that are never used leave M singular, and E H P in its range.
     inverse = torch.linalg.pinv(metric, hermitian=True)
-    return ((error @ pooled).to(torch.float64) @ inverse).to(error.dtype)
+    found: Tensor = (error @ pooled).to(torch.float64) @ inverse
+    return found.to(error.dtype)
 
 
 def pooled_hessian(hessian: Tensor, group_size: int) -> Tensor:
     """`P^T H P`, the Hessian of the pooled inputs, `[groups, groups]`."""
     rows = hessian.unflatten(0, (-1, group_size)).sum(1)  # [groups, in]
-    return rows.unflatten(1, (-1, group_size)).sum(2)
+    found: Tensor = rows.unflatten(1, (-1, group_size)).sum(2)
+    return found
 
 
 def closed_form(
@@ -169,7 +172,8 @@ def normal_float(weight: Tensor, bits: int, group_size: int) -> Tensor:
     scale = groups.abs().amax(-1, keepdim=True)
     steps = groups / torch.where(scale == 0, 1, scale)
     between = (levels[1:] + levels[:-1]) / 2
-    return (levels[torch.bucketize(steps, between)] * scale).flatten(1)
+    rounded: Tensor = levels[torch.bucketize(steps, between)] * scale
+    return rounded.flatten(1)
 
 
 def _projected(error: Tensor, rank: int, gram: Callable[[Tensor], Tensor]) -> Factors:
