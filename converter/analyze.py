@@ -191,6 +191,7 @@ class _Analyzer:
             options=self.training,
             folder=self.work.path,
             spectra=self.spectra,
+            report=self.report,
         )
 
     def _stream(self) -> StreamingPass:

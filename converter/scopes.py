@@ -37,6 +37,7 @@ from rilq.converter.train import TrainOptions, learning_rate_at, row_order
 from rilq.formats.packing import dequantize
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.spec import QuantSpec
+from rilq.progress import Reporter
 
 Scope = Literal["svd", "linear", "layer", "model"]
 SCOPES: tuple[Scope, ...] = ("svd", "linear", "layer", "model")
@@ -92,10 +93,12 @@ class LayerFits:
         options: TrainOptions,
         folder: Path,
         spectra: Sequence[SpectrumSum],
+        report: Reporter,
     ) -> None:
         self.streamed, self.fits, self.spec, self.quantizer = streamed, fits, spec, quantizer
         self.rows, self.train_rows, self.batch_rows = rows, train_rows, batch_rows
         self.options, self.folder, self.spectra = options, folder, spectra
+        self.report = report
         self.weight_errors: dict[Fit, float] = dict.fromkeys(fits, 0.0)
         self.weight_size = 0.0
         self._inputs: dict[Fit, ActivationStore] = {}
@@ -141,6 +144,7 @@ class LayerFits:
         ranks = [fit.spec.rank for fit in self.fits if fit.scope == "svd"]
         factors = {n: self._svd(weights[n] - values[n], max(ranks)) for n in linears if ranks}
         for fit in self.fits:
+            self.report.step(layer.index, fit=fit.label)
             with self._adapted(linears, fit.spec) as adapters:
                 if fit.scope == "svd":
                     for name, (b, a) in factors.items():
