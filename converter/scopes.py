@@ -224,12 +224,13 @@ class LayerFits:
                 if (batch := batch[: max(0, self.train_rows - start)]).numel():
                     hidden = batch.to(self.streamed.device)
                     total.add(linear_input(self.streamed, index, module, hidden))
+            hessian = total.value()
             for name in group:
                 b, a = closed_form(
                     errors[name],
                     fit.spec.rank,
                     group_size=adapters[name].pooled_over,
-                    hessian=total.value(),
+                    hessian=hessian,
                 )
                 start_from(adapters[name], b, a)
 
