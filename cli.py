@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,7 @@ from rilq.progress import LogReporter, Reporter, Reporters, RichReporter
 if TYPE_CHECKING:
     from types import FrameType
 
+    from rilq.converter.analysis import Analysis
     from rilq.converter.options import ConvertOptions
     from rilq.converter.plan import Plan
     from rilq.evaluation.perplexity import Evaluation
@@ -162,6 +164,14 @@ def _convert_options(
             _TRAIN, "pooled: merged; lora: the paper's, kept beside the base. (default: pooled)"
         ),
     ] = None,
+    adapter_init: Annotated[
+        str | None,
+        _option(
+            _TRAIN,
+            "What adapters start from: zero, or the closed forms loftq, eora (with a quantizer "
+            "that is not trained). (default: zero)",
+        ),
+    ] = None,
     train: Annotated[
         str | None,
         _option(
@@ -245,6 +255,7 @@ def _convert_options(
         rank=rank,
         alpha=alpha,
         adapter=adapter,
+        adapter_init=adapter_init,
         train=train,
         loss=loss,
         target=target,
@@ -395,6 +406,103 @@ def evaluate(
 
 
 @app.command()
+def analyze(
+    model: Model,
+    text: Annotated[
+        str, _option(_DATA, "Held-out text: a file, wikitext2, c4, or owner/name on the Hub.")
+    ],
+    ranks: Annotated[str, _option(_TRAIN, "Ranks to compare, comma-separated.")] = "4,8,16,32",
+    scopes: Annotated[
+        str, _option(_TRAIN, "Some of svd, linear, layer, model.")
+    ] = "svd,linear,layer,model",
+    bits: Annotated[int, _option(_BASE, "Bits per code: 2, 3, 4, 8.")] = 2,
+    group_size: Annotated[int, _option(_BASE, "Inputs that share a scale: 32, 64, 128.")] = 64,
+    quantizer: Annotated[str, _option(_BASE, "rtn, or nf2: 2-bit NormalFloat, simulated.")] = "rtn",
+    adapter: Annotated[
+        str, _option(_TRAIN, "lora, or pooled for ranks up to the groups of a linear.")
+    ] = "lora",
+    alpha: Annotated[
+        float, _option(_TRAIN, "At every rank; where alpha / rank is fixed, at rank 16.")
+    ] = 16.0,
+    dataset: Annotated[
+        list[str] | None, _option(_DATA, "Calibration text, as of convert. (default: c4)")
+    ] = None,
+    text_key: Annotated[str, _option(_DATA, "Key of the text in a record.")] = "text",
+    nsamples: Annotated[int, _option(_DATA, "Calibration rows.")] = 128,
+    seqlen: Annotated[int, _option(_DATA, "Tokens per row and per held-out window.")] = 256,
+    windows: Annotated[int, _option(_DATA, "Held-out windows at most, spread evenly.")] = 96,
+    seed: Annotated[
+        int, _option(_DATA, "Of rows, their order, and the adapters.", min=0, max=2**32 - 1)
+    ] = 42,
+    steps: Annotated[int, _option(_TRAIN, "Updates, of each layer and of the model.")] = 50,
+    batch_size: Annotated[int, _option(_TRAIN, "Rows per update.")] = 8,
+    lr: Annotated[
+        float | None, _option(_TRAIN, "Learning rate. (default: 1e-4 x 4096 / hidden size)")
+    ] = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    student: Annotated[
+        str, _option(_MACHINE, "Weights while training: auto, dense or packed.")
+    ] = "auto",
+    output_dir: Annotated[
+        Path | None, _option(_OUT, "(default: <model>-analysis)", "--output-dir", "-o")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Fit adapters at four scopes and several ranks, and compare: the figure of RILQ's paper."""
+    with _user_errors():
+        from rilq.converter.analysis import AnalyzeOptions
+
+        options = AnalyzeOptions(
+            model=model,
+            text=text,
+            ranks=_ranks(ranks),
+            scopes=tuple(scopes.split(",")),  # type: ignore[arg-type]  # checked, as the next ones
+            bits=bits,
+            group_size=group_size,
+            quantizer=quantizer,  # type: ignore[arg-type]
+            adapter=adapter,  # type: ignore[arg-type]
+            alpha=alpha,
+            dataset=tuple(dataset or ("c4",)),
+            text_key=text_key,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            windows=windows,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=lr,
+            seed=seed,
+            revision=revision,
+            device=device,
+            dtype=dtype,  # type: ignore[arg-type]
+            student=student,  # type: ignore[arg-type]
+            output_dir=output_dir,
+        )
+        with (
+            _stoppable("nothing was kept"),
+            _reporting(quiet, log_file, options.output) as report,
+        ):
+            from rilq.converter.analyze import analyze as compare
+
+            found = compare(options, report)
+            report.note(f"{options.output}: done")
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        Console(highlight=False).print(_analysis_table(found))
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise OptionError(f"--ranks {text}: expected whole numbers, for example 4,8,16,32")
+    return tuple(map(int, words))
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
     as_json: AsJson = False,
@@ -505,6 +613,18 @@ def _evaluation_table(model: str, result: "Evaluation") -> Table:
                 table.add_row(f"{name} {inner}".replace("_", " "), _figure(figure))
         elif value is not None:
             table.add_row(name.replace("_", " "), _figure(value))
+    return table
+
+
+def _analysis_table(found: "Analysis") -> Table:
+    from rilq.converter.analysis import HEADINGS, table_rows
+
+    table = Table(title=found.model, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("scope, what is fixed")
+    for heading in HEADINGS[2:]:
+        table.add_column(heading, justify="right")
+    for scope, fixed, *figures in table_rows(found):
+        table.add_row(f"{scope}, {fixed}" if fixed else scope, *figures)
     return table
 
 

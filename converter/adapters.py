@@ -47,8 +47,8 @@ class Adapter(nn.Module):
             the order in which adapters are made does not matter.
         group_size: of the linear's quantization; a pooled adapter sums over such groups.
 
-    `A [rank, in_features or groups]` starts as N(0, (1/rank)^2), `B [out_features, rank]` at zero;
-    both are float32 (in bfloat16 most updates to `A` would round away).
+    `A [rank, in_features or groups]` is drawn from N(0, (1/rank)^2), `B [out_features, rank]` is
+    zero; both are float32 (in bfloat16 most updates to `A` would round away).
 
     Source: RILQ, Lee et al. 2025 (arXiv:2412.01129), reference code; pooling: QA-LoRA, Xu et al.
     2024 (arXiv:2309.14717), eq. 6, with a sum in the place of the mean.
@@ -72,6 +72,11 @@ class Adapter(nn.Module):
         a = torch.randn(spec.rank, width, generator=generator) / spec.rank
         self.a = nn.Parameter(a.to(device))
         self.b = nn.Parameter(torch.zeros(out_features, spec.rank, device=device))
+
+    @property
+    def pooled_over(self) -> int | None:
+        """The group size that a pooled adapter sums over; None for a plain LoRA."""
+        return self.group_size if self.spec.kind == "pooled" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The correction `[..., out_features]` for input `x [..., in_features]`."""

@@ -14,6 +14,7 @@ from rilq.errors import OptionError
 from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantSpec
 
 AdapterKind = Literal["pooled", "lora"]
+AdapterInit = Literal["zero", "loftq", "eora"]
 Clip = Literal["none", "search", "lsq"]
 Tier = Literal["dense", "packed"]
 Train = Literal["none", "adapters", "scales", "adapters+scales", "all"]
@@ -93,6 +94,7 @@ class ConvertOptions:
     rank: int = 16
     alpha: float = 16.0
     adapter: AdapterKind = "pooled"
+    adapter_init: AdapterInit = "zero"
     train: Train | None = None
     loss: str = "kl"
     target: Target = "post-norm"
@@ -235,6 +237,7 @@ def _check(options: ConvertOptions) -> None:
         "train": (None, "none", "adapters", "scales", "adapters+scales", "all"),
         "target": ("post-norm", "pre-norm", "logits"),
         "schedule": ("decay", "constant"),
+        "adapter_init": ("zero", "loftq", "eora"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
         "student": ("auto", "dense", "packed"),
         "resume": ("auto", "never", "required"),
@@ -278,6 +281,14 @@ def _check(options: ConvertOptions) -> None:
         problems.append(str(err))
     if o.rank < 0:
         problems.append(f"--rank {o.rank}: expected 0 (no adapters) or more")
+    if o.adapter_init != "zero" and not o.trains_adapters:
+        problems.append(f"--adapter-init {o.adapter_init}: needs adapters; pass --rank above 0")
+    if o.adapter_init != "zero" and o.quantizer in LAYER_QUANTIZERS:
+        problems.append(
+            f"--adapter-init {o.adapter_init}: fits the error that rounding leaves, and "
+            f"--quantizer {o.quantizer} trains the weights before\n"
+            "  use --quantizer rtn, hqq, lsq or gptq"
+        )
     if not 0 < o.val_ratio < 1:
         problems.append(f"--val-ratio {o.val_ratio}: expected between 0 and 1")
     if not 0 < o.alpha < float("inf"):

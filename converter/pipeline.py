@@ -24,6 +24,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.finish import QuantizedParts, write_output
+from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss
 from rilq.converter.machine import Machine, measure_machine
@@ -175,6 +176,7 @@ class _Conversion:
                 seed=self.options.seed,
                 target=self.options.target,
                 outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
+                initial=self._initial(),
             ),
             self.report,
         )
@@ -204,6 +206,12 @@ class _Conversion:
             trained = load_file(self.work.file("trained.safetensors"))
         self._write(trained, quantization, data, quality, recipe, fingerprint)
         return quality
+
+    def _initial(self) -> InitialAdapters | None:
+        """How adapters start, where that is found while quantizing."""
+        if self.adapter_spec is None or self.options.adapter_init == "zero":
+            return None
+        return InitialAdapters(self.options.adapter_init, self.adapter_spec)
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
         """Calibration rows, cut once and kept: a stopped job needs no network to go on."""
@@ -255,6 +263,7 @@ class _Conversion:
         o = self.options
         parts = QuantizedParts(self.work, self.layers)
         student = self._student(parts, quantization, train=o.trains)
+        use_initial(student.trained, self.work)
         trainer = Trainer(
             student,
             tokens,
@@ -369,7 +378,7 @@ class _Conversion:
             "job": job_hash(fingerprint),
             "versions": versions(),
             "source": {
-                "name": _base_name(self.job.checkpoint),
+                "name": base_name(self.job.checkpoint),
                 "commit": self.job.checkpoint.source.commit,
                 "header_hash": self.job.checkpoint.header_hash(),
             },
@@ -462,6 +471,7 @@ def _clean(options: ConvertOptions, fingerprint: dict[str, Any], report: Reporte
         work.remove()
 
 
-def _base_name(checkpoint: Checkpoint) -> str:
+def base_name(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called in results: without any path of this machine."""
     label = checkpoint.source.label
     return label if checkpoint.source.commit else Path(label).resolve().name

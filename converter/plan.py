@@ -311,7 +311,7 @@ class _Sizes:
             trains_scales=options.trains in ("scales", "adapters+scales", "all"),
             rows=rows,
             seqlen=seqlen,
-            hessians=options.quantizer in ("gptq", "lsq"),
+            hessians=options.quantizer in ("gptq", "lsq") or options.adapter_init == "eora",
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
@@ -369,7 +369,9 @@ class _Sizes:
         """
         states = 5 * self.states_bytes(item)
         output = self.output_bytes + (self.outer_bytes if self.outer_packed else 0)
-        return output + states + 2 * 4 * 4 * self.trained_values + (4 << 20)
+        initial = 4 * self.trained_values if options.adapter_init != "zero" else 0
+        trained = 2 * 4 * 4 * self.trained_values
+        return output + states + initial + trained + (4 << 20)
 
 
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:

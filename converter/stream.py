@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
+from rilq.converter.adapters import Adapter
+from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.options import Target
@@ -55,6 +57,9 @@ class StreamOptions:
         seed: of the order of rows.
         target: what is cached for training: after the final norm, or before it.
         outer: embedding and head by module name, where they are quantized.
+        initial: what adapters start from, to be found with the codes; None for what needs no data.
+            The student's states are then those of the layers with their adapters.
+        after_layer: told of every layer while it is still loaded; for analyses.
     """
 
     quantizer: Quantizer | LayerQuantizer
@@ -66,6 +71,25 @@ class StreamOptions:
     seed: int = 42
     target: Target = "post-norm"
     outer: Mapping[str, QuantSpec] = field(default_factory=dict)
+    initial: InitialAdapters | None = None
+    after_layer: Callable[[StreamedLayer], None] | None = None
+
+
+@dataclass(frozen=True)
+class StreamedLayer:
+    """A decoder layer that is quantized, still loaded.
+
+    Attributes:
+        tensors, saved: as read from the checkpoint, and as they are stored, by full name.
+        inputs: what the student's layer was run on.
+        wanted: the teacher's output.
+    """
+
+    index: int
+    tensors: dict[str, Tensor]
+    saved: dict[str, Tensor]
+    inputs: ActivationStore
+    wanted: ActivationStore
 
 
 class StreamingPass:
@@ -167,18 +191,24 @@ class StreamingPass:
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
+            wanted = self._store(next_teacher)
+            saved, adapters = self._quantize(index, tensors, student, wanted)
             path = self.work.file(f"layer-{index:04d}.safetensors")
-            write_tensors(path, self._quantize(index, tensors, student, self._store(next_teacher)))
-            self._use_saved(index, load_file(path))
-            student_digest, error = self._propagate_compared(
-                index, student, next_student, self._store(next_teacher)
-            )
+            write_tensors(path, saved)
+            paths = [path]
+            if adapters:
+                paths.append(self.work.file(f"{PREFIX}{index:04d}.safetensors"))
+                write_tensors(paths[1], adapter_tensors(adapters))
+            self._use_saved(index, {n: t for each in paths for n, t in load_file(each).items()})
+            student_digest, error = self._propagate_compared(index, student, next_student, wanted)
+            if self.options.after_layer is not None:
+                self.options.after_layer(StreamedLayer(index, tensors, saved, student, wanted))
         return_free_memory()
         self.work.commit(
             "layers",
             f"layer {index}",
             {"error": error, "source": self._source_hashes(names)},
-            files={path: file_hash(path)},
+            files={each: file_hash(each) for each in paths},
             passing={next_teacher: digest, next_student: student_digest},
         )
         return error
@@ -189,16 +219,23 @@ class StreamingPass:
         tensors: dict[str, Tensor],
         student: ActivationStore,
         wanted: ActivationStore,
-    ) -> dict[str, Tensor]:
-        """Quantize a loaded layer's linears; all of its tensors as they will be stored."""
+    ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
+        """Quantize a loaded layer's linears.
+
+        Returns:
+            All of its tensors as they will be stored; the adapters that start from something
+            found here.
+        """
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
-        saved = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in specs}
+        kept = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in specs}
         if not specs:
-            return saved
+            return kept, {}
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerQuantizer):
-            return saved | self._train_layer(quantizer, index, tensors, specs, student, wanted)
-        return saved | self._by_groups(quantizer, index, tensors, specs, student)
+            saved = self._train_layer(quantizer, index, tensors, specs, student, wanted)
+            return kept | saved, {}
+        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student)
+        return kept | saved, adapters
 
     def _by_groups(
         self,
@@ -207,31 +244,42 @@ class StreamingPass:
         tensors: dict[str, Tensor],
         specs: dict[str, QuantSpec],
         student: ActivationStore,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """One weight after the other, those that share an input together.
 
         They are taken in the order in which they run, so that each sees what the quantized ones
         before it produce.
         """
         linears = {n: m for n, m in self.streamed.linears(index).items() if n in specs}
+        initial = self.options.initial
+        adapters: dict[str, Adapter] = {}
         probe = student.read(0, 1).to(self.streamed.device)
         saved: dict[str, Tensor] = {}
         for group in input_groups(self.streamed, index, linears, probe):
-            prepared = None
-            if quantizer.needs_hessian:
+            prepared = hessian = None
+            if quantizer.needs_hessian or (initial and initial.needs_hessian):
                 hessian = self._hessian(index, linears[group[0]], student)
+            if quantizer.needs_hessian:
+                assert hessian is not None
                 with _named(group[0]):
                     prepared = quantizer.prepare(hessian)
-                del hessian
+            if not (initial and initial.needs_hessian):
+                hessian = None  # of a wide linear it is the largest thing in memory
             for name in group:
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
-                    quantized = quantizer.quantize(weight, specs[name], prepared)
+                    if initial is None:
+                        quantized = quantizer.quantize(weight, specs[name], prepared)
+                    else:
+                        quantized, adapters[name] = initial.quantize(
+                            name, weight, quantizer, specs[name], prepared, hessian
+                        )
                 native = native_tensors(name, quantized)
-                _assign(linears[name], native, name, specs[name])
+                started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
+                self._assign(linears[name], native | started, name, specs[name])
                 saved |= {n: t.cpu() for n, t in native.items()}
             return_free_memory()
-        return saved
+        return saved, adapters
 
     def _train_layer(
         self,
@@ -299,7 +347,21 @@ class StreamingPass:
     def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
         for name, module in self.streamed.linears(index).items():
             if (spec := self.options.spec_for(name)) is not None:
-                _assign(module, saved, name, spec)
+                self._assign(module, saved, name, spec)
+
+    def _assign(
+        self, module: nn.Linear, stored: dict[str, Tensor], name: str, spec: QuantSpec
+    ) -> None:
+        """Give a loaded linear the weight that its stored tensors stand for, adapter included."""
+        words, scale, zero_point = (
+            stored[f"{name}.{part}"].to(module.weight.device)
+            for part in ("weight", "weight_scale", "zero_point")
+        )
+        weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
+        if self.options.initial is not None:
+            a, b = stored[f"{name}.a"], stored[f"{name}.b"]
+            weight = corrected(weight, a, b, self.options.initial.spec, spec.group_size)
+        module.weight = nn.Parameter(weight, requires_grad=False)
 
     def _propagate(self, index: int, source: ActivationStore, target: Path) -> str:
         """Run a loaded layer over all rows, from file to file; the new file's xxh3."""
@@ -396,13 +458,3 @@ def _named(linear: str) -> Iterator[None]:
         yield
     except RilqError as err:
         raise type(err)(f"{linear}: {err}") from err
-
-
-def _assign(module: nn.Linear, native: dict[str, Tensor], name: str, spec: QuantSpec) -> None:
-    """Give a loaded linear the weight that its native tensors stand for."""
-    words, scale, zero_point = (
-        native[f"{name}.{part}"].to(module.weight.device)
-        for part in ("weight", "weight_scale", "zero_point")
-    )
-    weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
-    module.weight = nn.Parameter(weight, requires_grad=False)

@@ -503,6 +503,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"rank": 5}, "--rank: 16 there, 5 now"),
     "alpha": ({"alpha": 8.0}, "--alpha: 16.0 there, 8.0 now"),
     "adapter": ({"adapter": "lora"}, "--adapter: 'pooled' there, 'lora' now"),
+    "adapter-init": ({"adapter_init": "eora"}, "--adapter-init: 'zero' there, 'eora' now"),
     "lr": ({"learning_rate": 0.5}, "--lr: 0.001 there, 0.5 now"),
     "steps": ({"steps": 5}, "--steps: 4 there, 5 now"),
     "batch size": ({"batch_size": 4}, "--batch-size: 8 there, 4 now"),
