@@ -29,7 +29,7 @@ from rilq.converter.initial import adapter_tensors, corrected, start_from
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.low_rank import Factors, closed_form, normal_float, svd_adapter
 from rilq.converter.low_rank import pooled_error as group_means
-from rilq.converter.quantizers import build_quantizer
+from rilq.converter.quantizers.rtn import RtnQuantizer
 from rilq.converter.spectrum import SpectrumSum
 from rilq.converter.stream import StreamedLayer
 from rilq.converter.student import AdaptedLinear
@@ -62,7 +62,7 @@ def base_value(weight: Tensor, spec: QuantSpec, quantizer: Rounding) -> Tensor:
     """The weight that plain rounding makes of another one, float32, both `[out, in]`."""
     if quantizer == "nf2":
         return normal_float(weight, spec.bits, spec.group_size)
-    quantized = build_quantizer("rtn", clip="none").quantize(weight, spec)
+    quantized = RtnQuantizer().quantize(weight, spec)
     return dequantize(quantized.codes, quantized.scale, quantized.zero_point)
 
 

@@ -96,7 +96,7 @@ class LayerQuantizer:
                         f"{self.name}: the layer's error is not finite at update {step}\n"
                         "  try --dtype float32 or bfloat16, or another --quantizer"
                     )
-                (loss * (len(wanted) / rows)).backward()  # type: ignore[no-untyped-call]
+                (loss * (len(wanted) / rows)).backward()
             optimizer.step()
         with torch.no_grad():
             return {name: each.result() for name, each in learned.items()}
