@@ -54,7 +54,7 @@ def unbroken(
     quick: Any,
     hashes: Any,
 ) -> Unbroken:
-    """The default (GPTQ) conversion of `quick`, run once."""
+    """The default (blockap, adapters and scales) conversion of `quick`, run once."""
     if "unbroken" not in runs:
         folder = tmp_path_factory.mktemp("unbroken")
         ended = in_child(lambda: record(quick(folder), folder / "points"))
@@ -123,7 +123,7 @@ def test_the_compared_output_depends_on_training(runs: dict[Any, Any], unbroken:
 def test_every_stage_has_commit_points(unbroken: Unbroken) -> None:
     stages = [point.partition(":")[0] for point in unbroken.points]
     assert list(dict.fromkeys(stages)) == [
-        "job", "rows", "outer", "layers", "train", "adapters", "shards", "publish", "remove"
+        "job", "rows", "outer", "layers", "train", "trained", "shards", "publish", "remove"
     ]  # fmt: skip
     # Embedding, two decoder layers, targets; step 0 and two validations; three shards.
     counts = {stage: unbroken.points.count(f"{stage}:committed") for stage in stages}
@@ -487,7 +487,7 @@ def test_a_deleted_work_folder_leaves_no_staging_folder_behind(
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "bits": ({"bits": 4}, "--bits: 2 there, 4 now"),
     "group size": ({"group_size": 64}, "--group-size: 32 there, 64 now"),
-    "quantizer": ({"quantizer": "rtn"}, "--quantizer: 'gptq' there, 'rtn' now"),
+    "quantizer": ({"quantizer": "rtn"}, "--quantizer: 'blockap' there, 'rtn' now"),
     "clip": ({"clip": "none"}, "--clip: None there, 'none' now"),
     "zero-point": ({"zero_point": "integer"}, "--zero-point: 'real' there, 'integer' now"),
     "skip": ({"skip": ("o_proj",)}, "--skip: [] there, ['o_proj'] now"),
