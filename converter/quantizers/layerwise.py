@@ -30,7 +30,6 @@ from rilq.errors import RilqError
 from rilq.formats.packing import dequantize
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
-
 FEW_STEPS = 40  # fewer updates go less far instead of in leaps of whole codes
 
 
