@@ -149,6 +149,31 @@ def test_killed_at_every_commit_point_it_finishes_with_the_same_bytes(
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantizer": "lwc", "train": "scales"},
+        {"quantizer": "signround", "train": "all"},
+        {"quantizer": "blockap", "train": "all", "layer_steps": 20},
+        {"quantizer": "hqq", "adapter": "lora", "rank": 4, "loss": "mse+ce"},
+        {"quantizer": "gptq", "target": "pre-norm", "loss": "mse", "schedule": "constant"},
+    ],
+    ids=lambda changes: f"{changes['quantizer']}-{changes.get('train', 'default')}",
+)
+def test_killed_in_a_layer_and_in_training_every_way_finishes_with_the_same_bytes(
+    changes: dict[str, Any], tmp_path: Path, convert: Any, quick: Any, hashes: Any
+) -> None:
+    ended = convert(quick(tmp_path / "unbroken", **changes))
+    assert ended.code == 0, ended.err
+    options = quick(tmp_path / "killed", **changes)
+    # Before the second layer and the second training checkpoint are committed; see `Unbroken`.
+    assert convert(options, at=LAYER_WRITTEN).code == KILLED
+    assert convert(options, at=CHECKPOINT_WRITTEN).code == KILLED
+    ended = convert(options)
+    assert ended.code == 0 and "continuing after 'step 0'" in ended.err, ended.err
+    assert hashes(tmp_path / "killed" / "out") == hashes(tmp_path / "unbroken" / "out")
+
+
 def test_killed_twice_in_a_row_it_finishes_with_the_same_bytes(
     tmp_path: Path, convert: Any, quick: Any, hashes: Any, unbroken: Unbroken
 ) -> None:
@@ -500,7 +525,17 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"rank": 5}, "--rank: 16 there, 5 now"),
     "alpha": ({"alpha": 8.0}, "--alpha: 16.0 there, 8.0 now"),
     "adapter": ({"adapter": "lora"}, "--adapter: 'pooled' there, 'lora' now"),
+    "recipe": ({"recipe": "fast"}, "--recipe: 'default' there, 'fast' now"),
+    "layer steps": ({"layer_steps": 4}, "--layer-steps: 3 there, 4 now"),
+    "train": ({"train": "all"}, "--train: None there, 'all' now"),
+    "loss": ({"loss": "mse+ce"}, "--loss: 'kl' there, 'mse+ce' now"),
+    "target": (
+        {"loss": "mse", "target": "pre-norm"},
+        "--target: 'post-norm' there, 'pre-norm' now",
+    ),
+    "schedule": ({"schedule": "constant"}, "--schedule: 'decay' there, 'constant' now"),
     "lr": ({"learning_rate": 0.5}, "--lr: 0.001 there, 0.5 now"),
+    "scales lr": ({"scales_learning_rate": 0.5}, "--scales-lr: None there, 0.5 now"),
     "steps": ({"steps": 5}, "--steps: 4 there, 5 now"),
     "batch size": ({"batch_size": 4}, "--batch-size: 8 there, 4 now"),
     "val-every": ({"val_every": 1}, "--val-every: 2 there, 1 now"),
