@@ -161,14 +161,20 @@ def test_killed_at_every_commit_point_it_finishes_with_the_same_bytes(
     ids=lambda changes: f"{changes['quantizer']}-{changes.get('train', 'default')}",
 )
 def test_killed_in_a_layer_and_in_training_every_way_finishes_with_the_same_bytes(
-    changes: dict[str, Any], tmp_path: Path, convert: Any, quick: Any, hashes: Any
+    changes: dict[str, Any],
+    tmp_path: Path,
+    convert: Any,
+    quick: Any,
+    hashes: Any,
+    unbroken: Unbroken,
 ) -> None:
     ended = convert(quick(tmp_path / "unbroken", **changes))
     assert ended.code == 0, ended.err
     options = quick(tmp_path / "killed", **changes)
-    # Before the second layer and the second training checkpoint are committed; see `Unbroken`.
-    assert convert(options, at=LAYER_WRITTEN).code == KILLED
-    assert convert(options, at=CHECKPOINT_WRITTEN).code == KILLED
+    # Before the second layer and then the second training checkpoint is committed.
+    first, second = unbroken.nth("layers:written", 3), unbroken.nth("train:written", 2)
+    assert convert(options, at=first).code == KILLED
+    assert convert(options, at=second - first + 1).code == KILLED
     ended = convert(options)
     assert ended.code == 0 and "continuing after 'step 0'" in ended.err, ended.err
     assert hashes(tmp_path / "killed" / "out") == hashes(tmp_path / "unbroken" / "out")
