@@ -216,7 +216,7 @@ class Student(nn.Module):
     @contextmanager
     def _decoder_replaced(self, stand_in: nn.Module) -> Iterator[None]:
         """What transformers does after the decoder (head, scaling, soft caps), and only that."""
-        name = self.model.base_model_prefix
+        name = str(self.model.base_model_prefix)
         decoder = getattr(self.model, name)
         setattr(self.model, name, stand_in)
         try:

@@ -114,7 +114,7 @@ class LayerQuantizer:
                         f"{self.name}: the layer's error is not finite at update {step}\n"
                         "  try --dtype float32 or bfloat16, or another --quantizer"
                     )
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             optimizer.step()
 
 

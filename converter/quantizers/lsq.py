@@ -110,7 +110,7 @@ def _fit_rows(groups: Tensor, spec: QuantSpec, importance: Tensor | None) -> tup
     widths = torch.linspace(1.0, SMALLEST, WIDTHS, device=device)[:, None].expand(-1, PLACES)
     places = torch.linspace(-1.0, 1.0, PLACES, device=device) * (1 - widths)
     starts = torch.stack([widths, places]).reshape(2, -1, 1, 1).expand(2, -1, *middle.shape)
-    errors = _fit(weights, factor, *starts, spec)[2]  # [candidates, out, groups]
+    errors = _fit(weights, factor, starts[0], starts[1], spec)[2]  # [candidates, out, groups]
     width, place = starts.gather(1, errors.argmin(0).expand(2, 1, -1, -1))
     near = torch.linspace(-NEAR, NEAR, FINE, device=device)[:, None, None]
     scales, lows, errors = _fit(weights, factor, width + near, place, spec)

@@ -585,14 +585,21 @@ def test_states_that_overflow_name_layer_row_and_dtype_and_a_wider_one_begins_an
     assert run_cli(*command, "--resume", "never").code == 0
 
 
-def test_a_hessian_that_overflows_names_the_linear(
-    model: Path, tmp_path: Path, run_cli: Any, arguments: Any
+@pytest.mark.parametrize(
+    ("quantizer", "named"),
+    [
+        ("gptq", "model.layers.1.mlp.gate_proj: Hessian"),
+        ("blockap", "model.layers.1: blockap: the layer's error is not finite"),
+    ],
+)
+def test_sums_of_squares_that_overflow_name_where(
+    quantizer: str, named: str, model: Path, tmp_path: Path, run_cli: Any, arguments: Any
 ) -> None:
     # Inputs near 1e19: they and all that follows fit into float32, their squares do not.
     norm = "model.layers.1.post_attention_layernorm.weight"
     edit_tensors(model, norm, lambda tensors: tensors[norm].mul_(3e18))
-    ended = run_cli(*arguments(tmp_path, model=model))
-    check_refused(ended, "model.layers.1.mlp.gate_proj: Hessian", "NaN or infinity", code=1)
+    ended = run_cli(*arguments(tmp_path, "--quantizer", quantizer, model=model))
+    check_refused(ended, named, "try --dtype float32 or bfloat16", code=1)
 
 
 def test_no_question_is_asked_on_standard_input(
