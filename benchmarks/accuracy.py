@@ -30,13 +30,15 @@ from rilq.converter.options import ConvertOptions
 from rilq.evaluation.gap import gap_closed
 
 # What is printed: the options that make it. The first is the zero of the gap.
+PAPERS_LOSS = ("--train", "adapters", "--loss", "mse+ce")
 RECIPES: dict[str, tuple[str, ...]] = {
-    "rtn": ("--quantizer", "rtn", "--rank", "0"),
-    "rtn, clip search": ("--quantizer", "rtn", "--clip", "search", "--rank", "0"),
-    "gptq": ("--rank", "0"),
-    "rtn + pooled": ("--quantizer", "rtn"),
-    "rtn + plain LoRA, not merged": ("--quantizer", "rtn", "--adapter", "lora"),
-    "gptq + pooled (default)": (),
+    "rtn": ("--quantizer", "rtn", "--train", "none"),
+    "rtn, clip search": ("--quantizer", "rtn", "--clip", "search", "--train", "none"),
+    "gptq": ("--quantizer", "gptq", "--clip", "search", "--train", "none"),
+    "rtn + pooled": ("--quantizer", "rtn", *PAPERS_LOSS),
+    "rtn + plain LoRA, not merged": ("--quantizer", "rtn", "--adapter", "lora", *PAPERS_LOSS),
+    "gptq + pooled": ("--quantizer", "gptq", "--clip", "search", *PAPERS_LOSS),
+    "default": (),
 }
 
 

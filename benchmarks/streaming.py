@@ -4,7 +4,7 @@
 Makes random Llama checkpoints (hidden 1024, intermediate 2816, vocabulary 8192; 8 and 32 layers)
 and measures:
 
-  memory    peak of `rilq convert --quantizer gptq --rank 0` above the interpreter's own
+  memory    peak of `rilq convert --quantizer gptq --train none` above the interpreter's own
   bytes     read from the checkpoint, against its size
   teacher   the teacher pass (read, run, write) against transformers' own forward pass in memory
   step      a training step of the pooled adapter against one of a plain PEFT LoRA
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,10 +37,10 @@ from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.layers import StreamedModel
+from rilq.converter.loss import Loss, discrepancy
 from rilq.converter.machine import large_blocks_returned
 from rilq.converter.plan import STREAM_TOKENS
 from rilq.converter.student import Student
-from rilq.converter.train import rilq_loss
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
@@ -163,7 +164,7 @@ def convert_command(model: Path, out: Path, text: Path) -> list[str]:
     """The arguments of the command whose memory is measured."""
     return [
         *("convert", str(model)),
-        *("--quantizer", "gptq", "--rank", "0", "--dataset", str(text)),
+        *("--quantizer", "gptq", "--clip", "search", "--train", "none", "--dataset", str(text)),
         *("--nsamples", str(ROWS), "--seqlen", str(SEQLEN), "-o", str(out)),
         *("--quiet", "--json", "--keep-work", "--resume", "never"),
     ]
@@ -238,7 +239,10 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def measure_step(folder: Path, path: Path) -> dict[str, float]:
-    """Alternate steps of both, same rows, loss, rank, dtype and activation checkpointing."""
+    """Alternate steps of both, same rows, loss, rank, dtype and activation checkpointing.
+
+    Adapters alone with the paper's loss, as PEFT has them: not the default recipe.
+    """
     pooled = pooled_step(folder, path)
     plain = lora_step(path)
     pooled(), plain()  # warm up
@@ -269,13 +273,16 @@ def pooled_step(folder: Path, path: Path) -> Callable[[], None]:
         RilqConfig(2, 64),
         read_layer=parts.layer,
         outer=parts.outer(),
+        train="adapters",
         adapters=AdapterSpec("pooled", 16, 16.0, SEED),
         tier="dense",
         dtype=torch.float32,
         device=CPU,
     )
-    parameters = [p for adapter in student.adapters.values() for p in adapter.parameters()]
-    return stepper(parameters, student)
+    return stepper(
+        list(student.trained.values()),
+        lambda tokens, target: discrepancy(student, tokens, target, Loss()),
+    )
 
 
 def lora_step(path: Path) -> Callable[[], None]:
@@ -287,25 +294,26 @@ def lora_step(path: Path) -> Callable[[], None]:
     final: list[torch.Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: final.append(args[0]))
 
-    def forward(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         final.clear()
-        logits = lora(input_ids=tokens, use_cache=False).logits
-        return final[0], logits
+        logits = lora(input_ids=tokens, use_cache=False).logits.float()
+        next_token = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        return 0.5 * F.mse_loss(final[0].float(), target) + 0.5 * next_token
 
-    return stepper([p for p in lora.parameters() if p.requires_grad], forward)
+    return stepper([p for p in lora.parameters() if p.requires_grad], loss)
 
 
 def stepper(
     parameters: list[torch.nn.Parameter],
-    forward: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Callable[[], None]:
-    """One update with RILQ's loss and Adam."""
+    """One update with the paper's loss, as `loss` has it for tokens and targets, and Adam."""
     tokens, target = example()
     optimizer = torch.optim.Adam(parameters, lr=1e-4, foreach=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        rilq_loss(*forward(tokens), target, tokens).backward()  # type: ignore[no-untyped-call]
+        loss(tokens, target).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

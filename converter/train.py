@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
 
 from rilq.calib.activations import ActivationStore, prefetch
 from rilq.converter.loss import Loss, discrepancy
@@ -122,8 +121,8 @@ class Trainer:
         self.train_rows = len(tokens) - validation
         self.parameters = student.trained
         self.device = next(iter(self.parameters.values())).device
-        adapters: list[Parameter] = []
-        scales: list[Parameter] = []
+        adapters: list[nn.Parameter] = []
+        scales: list[nn.Parameter] = []
         for name, parameter in self.parameters.items():
             (adapters if name.endswith((".a", ".b")) else scales).append(parameter)
         rates = ((adapters, options.learning_rate), (scales, options.scales_learning_rate))

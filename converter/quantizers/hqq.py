@@ -8,6 +8,8 @@ from torch import Tensor
 from rilq.converter.quantizers.grid import as_groups, encode, minmax_grid
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
+LARGEST = 65504.0  # of float16
+
 
 @dataclass(frozen=True)
 class HqqQuantizer:
@@ -60,12 +62,12 @@ class HqqQuantizer:
             zero = (codes - (steps - sparse)).mean(-1)
             if spec.zero_point == "integer":
                 zero = zero.round().clamp(0, spec.max_code)
-            found = self._error(steps, zero, spec)
-            best = torch.where(found < least, zero, best)
+            stored = zero.clamp(-LARGEST, LARGEST).to(torch.float16).float()
+            found = self._error(steps, stored, spec)
+            best = torch.where(found < least, stored, best)
             least = torch.minimum(found, least)
             penalty *= self.growth
-        limit = torch.finfo(torch.float16).max
-        zero_point = best.clamp(-limit, limit).to(torch.float16)
+        zero_point = best.to(torch.float16)
         return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)
 
     def _error(self, steps: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:

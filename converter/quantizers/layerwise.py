@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ from rilq.converter.quantizers.grid import (
 )
 from rilq.converter.quantizers.lsq import group_importance, lsq_grid
 from rilq.errors import RilqError
+from rilq.formats.packing import dequantize
 from rilq.formats.spec import QuantizedLinear, QuantSpec
+
+FEW_STEPS = 40  # fewer updates go less far instead of in leaps of whole codes
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,11 @@ class LayerQuantizer:
     clip: Clip
     steps: int
 
-    @torch.enable_grad()
     def quantize_layer(self, task: LayerTask) -> dict[str, QuantizedLinear]:
         """Quantize all linears of a layer.
+
+        Where training ends no better than it began, on the first batch and as stored, the start
+        is kept: a few updates, or many bits, may gain nothing.
 
         Raises:
             InputError: the group size does not divide a linear's `in_features`.
@@ -77,34 +83,71 @@ class LayerQuantizer:
             name: LEARNED[self.name](weight, task.specs[name], self.clip, task.squares[name])
             for name, weight in task.weights.items()
         }
+        start = _results(learned)
+        first = next(task.batches)
+        self._train(learned, task.run, chain([first], task.batches))
+        end = _results(learned)
+        return end if _error(task.run, first, end) < _error(task.run, first, start) else start
+
+    @torch.enable_grad()
+    def _train(
+        self,
+        learned: Mapping[str, LearnedWeight],
+        run: Callable[[Tensor, dict[str, Tensor]], Tensor],
+        batches: Iterator[list[tuple[Tensor, Tensor]]],
+    ) -> None:
         groups = [group for each in learned.values() for group in each.groups(self.steps)]
         optimizer = learned_optimizer(self.name, groups)
         for step in range(self.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, self.steps)
             optimizer.zero_grad(set_to_none=True)
-            batch = next(task.batches)
-            rows = sum(len(wanted) for _, wanted in batch)
+            batch = next(batches)
+            # Relative to the output's size, so that layers of any scale train alike.
+            size = sum(wanted.float().square().sum().item() for _, wanted in batch)
             for hidden, wanted in batch:
                 weights = {name: each().to(hidden.dtype) for name, each in learned.items()}
-                wanted = wanted.float()
-                apart = (task.run(hidden, weights).float() - wanted).square().mean()
-                # Relative to the output's size, so that layers of any scale train alike.
-                loss = apart / wanted.square().mean().clamp(min=1e-12)
+                apart = run(hidden, weights).float() - wanted.float()
+                loss = apart.square().sum() / max(size, 1e-12)
                 if not math.isfinite(loss.item()):
                     raise RilqError(
                         f"{self.name}: the layer's error is not finite at update {step}\n"
                         "  try --dtype float32 or bfloat16, or another --quantizer"
                     )
-                (loss * (len(wanted) / rows)).backward()
+                loss.backward()
             optimizer.step()
-        with torch.no_grad():
-            return {name: each.result() for name, each in learned.items()}
+
+
+@torch.no_grad()
+def _results(learned: Mapping[str, LearnedWeight]) -> dict[str, QuantizedLinear]:
+    return {name: each.result() for name, each in learned.items()}
+
+
+@torch.no_grad()
+def _error(
+    run: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    batch: list[tuple[Tensor, Tensor]],
+    linears: Mapping[str, QuantizedLinear],
+) -> float:
+    """Squared difference of the layer with these linears from what is wanted of it."""
+    weights = {
+        name: dequantize(each.codes, each.scale, each.zero_point) for name, each in linears.items()
+    }
+    total = 0.0
+    for hidden, wanted in batch:
+        given = {name: weight.to(hidden.dtype) for name, weight in weights.items()}
+        total += (run(hidden, given).float() - wanted.float()).square().sum().item()
+    return total
 
 
 def rate_at(step: int, steps: int) -> float:
     """Part of the peak rate: a warm-up over a twentieth of the steps, then a cosine to zero."""
     return min((step + 1) / max(1, round(0.05 * steps)), (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def rate_of(path: float, steps: int) -> float:
+    """Peak rate for a path of so many codes, or factors, over all updates."""
+    return path / max(steps, FEW_STEPS)
 
 
 def learned_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -163,6 +206,11 @@ class LearnedWeight(nn.Module):
         codes, scale, low = self.parts()
         return (codes * scale[..., None] + low[..., None]).flatten(1)
 
+    @property
+    def _reach(self) -> float:
+        """A factor's effect at 2 bits over that at this spec's: it moves the last code the most."""
+        return 3 / self.spec.max_code
+
     def _lowest(self, scale: Tensor, low: Tensor) -> Tensor:
         """What code 0 stands for, where zero-points must be codes: the nearest such value."""
         if self.spec.zero_point == "real":
@@ -178,10 +226,14 @@ class LearnedWeight(nn.Module):
         raise NotImplementedError
 
     def result(self) -> QuantizedLinear:
-        """Frozen: the learned codes, and the stored grid nearest to the learned one."""
+        """Frozen: the stored grid nearest to the learned one, and on it the learned values.
+
+        These keep their codes, unless float16 could not hold the learned grid.
+        """
         codes, scale, low = self.parts()
+        values = codes * scale[..., None] + low[..., None]
         stored = grid_of_range(low, low + scale * self.spec.max_code, self.spec)
-        return QuantizedLinear(codes.flatten(1).to(torch.uint8), *stored, self.spec)
+        return QuantizedLinear(encode(values, *stored, self.spec), *stored, self.spec)
 
     def _rounded(self, steps: Tensor) -> Tensor:
         """Nearest codes of real-valued ones; gradients pass where nothing is clipped."""
@@ -217,8 +269,9 @@ class LearnedCodes(LearnedWeight):
     def groups(self, steps: int) -> list[dict[str, Any]]:
         """See `LearnedWeight`."""
         return [
-            {"params": [self.codes], "peak": self.WEIGHT_PATH / steps},
-            {"params": [self.log_scale, self.offset], "peak": self.GRID_PATH / steps},
+            {"params": [self.codes], "peak": rate_of(self.WEIGHT_PATH, steps)},
+            {"params": [self.offset], "peak": rate_of(self.GRID_PATH, steps)},
+            {"params": [self.log_scale], "peak": rate_of(self.GRID_PATH, steps) * self._reach},
         ]
 
 
@@ -250,8 +303,12 @@ class LearnedRounding(LearnedWeight):
     def groups(self, steps: int) -> list[dict[str, Any]]:
         """See `LearnedWeight`."""
         return [
-            {"params": [self.rounding], "peak": 2.0 / steps, "bounds": (-0.5, 0.5)},
-            {"params": [self.ends], "peak": 2.0 / steps, "bounds": (0.5, 1.5)},
+            {"params": [self.rounding], "peak": rate_of(2.0, steps), "bounds": (-0.5, 0.5)},
+            {
+                "params": [self.ends],
+                "peak": rate_of(2.0, steps) * self._reach,
+                "bounds": (0.5, 1.5),
+            },
         ]
 
 

@@ -194,6 +194,7 @@ def quick(tiny_llama: Path, calib: Path) -> Callable[..., ConvertOptions]:
         model=str(tiny_llama),
         dataset=(str(calib),),
         group_size=32,
+        layer_steps=3,
         nsamples=12,
         seqlen=32,
         learning_rate=1e-3,
@@ -224,8 +225,8 @@ def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
         dataset: Path = calib,
     ) -> list[str]:
         quick = (
-            "--group-size 32 --nsamples 12 --seqlen 32 --lr 1e-3 --steps 4 --val-every 2 "
-            "--max-shard-size 40kB --device cpu"
+            "--group-size 32 --layer-steps 3 --nsamples 12 --seqlen 32 --lr 1e-3 --steps 4 "
+            "--val-every 2 --max-shard-size 40kB --device cpu"
         )
         places = ["--dataset", str(dataset), "--output-dir", str(folder / "out")]
         return [command, str(model), *quick.split(), *places, *map(str, more)]

@@ -55,36 +55,53 @@ def test_output_loads_generates_saves_and_loads_again(
     assert torch.equal(logits_of(model, out), logits_of(again, out))
 
 
-def test_trained_output_differs_from_its_base_in_zero_points_only(
-    converted: Callable[..., Path], tmp_path: Path, run_cli: Run, arguments: Run
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    shards = sorted(folder.glob("*.safetensors"))
+    return {n: t for shard in shards for n, t in load_file(shard).items()}
+
+
+@pytest.mark.parametrize(
+    ("train", "changed"),
+    [
+        ("adapters", {"zero_point"}),
+        ("scales", {"weight_scale", "zero_point"}),  # these by the rounding of those
+        ("adapters+scales", {"weight_scale", "zero_point"}),
+        ("all", {"weight_scale", "zero_point"}),
+    ],
+)
+def test_trained_output_differs_from_its_base_in_what_was_trained_and_merges_exactly(
+    train: str,
+    changed: set[str],
+    converted: Callable[..., Path],
+    tmp_path: Path,
+    run_cli: Run,
+    arguments: Run,
 ) -> None:
-    merged = converted()
+    merged = converted("--train", train)
     (tmp_path / "base").mkdir()
-    assert run_cli(*arguments(tmp_path / "base", "--rank", 0)).code == 0
-    tensors = [
-        {
-            n: t
-            for shard in sorted(folder.glob("*.safetensors"))
-            for n, t in load_file(shard).items()
-        }
-        for folder in (merged, tmp_path / "base" / "out")
-    ]
-    assert tensors[0].keys() == tensors[1].keys()
-    different = {n for n in tensors[0] if not torch.equal(tensors[0][n], tensors[1][n])}
-    assert different and all(name.endswith(".zero_point") for name in different)
+    assert run_cli(*arguments(tmp_path / "base", "--train", "none")).code == 0
+    ours, base = tensors_of(merged), tensors_of(tmp_path / "base" / "out")
+    assert ours.keys() == base.keys()
+    different = {n for n in ours if not torch.equal(ours[n], base[n])}
+    assert {name.rpartition(".")[2] for name in different} == changed
+    quality = json.loads((merged / "rilq.json").read_text())["quality"]
+    assert quality["validation_loss"] < quality["validation_loss_before"]
+    assert quality["validation_loss_merged"] == pytest.approx(quality["validation_loss"], rel=5e-3)
+    assert 0 < quality["merge_max_logit_difference"] < 0.05
 
 
 def test_manifest_records_recipe_data_and_quality(converted: Callable[..., Path]) -> None:
     manifest = json.loads((converted() / "rilq.json").read_text())
     assert manifest["recipe"]["bits"] == 2 and manifest["recipe"]["seed"] == 42
     assert manifest["recipe"]["learning_rate"] == 1e-3
+    assert manifest["recipe"]["scales_learning_rate"] == 1e-2  # ten times that
+    assert manifest["recipe"]["recipe"] == "default" and manifest["recipe"]["loss"] == "kl"
+    assert manifest["recipe"]["train"] == "adapters+scales"
     assert manifest["calibration"]["rows"] == 12 and len(manifest["calibration"]["digest"]) == 32
     assert {"rilq", "torch", "transformers"} <= manifest["versions"].keys()
     quality = manifest["quality"]
     assert len(quality["layer_errors"]) == 2 and all(0 < e < 2 for e in quality["layer_errors"])
-    assert quality["validation_loss"] < quality["validation_loss_before"]
-    assert quality["validation_loss_merged"] == pytest.approx(quality["validation_loss"], rel=1e-3)
-    assert 0 < quality["merge_max_logit_difference"] < 0.05
+    assert quality["history"][0] == [0, quality["validation_loss_before"]]
     assert "model.layers.0.mlp.up_proj.zero_point" in manifest["tensors"]
 
 
@@ -133,11 +150,12 @@ def test_skip_and_bits_for_are_recorded_and_honoured_on_loading(
     logits_of(model, out)
 
 
+@pytest.mark.parametrize("quantizer", ["gptq", "blockap"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_more_bits_come_closer_to_the_source(
-    bits: int, converted: Callable[..., Path], tiny_llama: Path
+    bits: int, quantizer: str, converted: Callable[..., Path], tiny_llama: Path
 ) -> None:
-    out = converted("--bits", bits, "--rank", 0)
+    out = converted("--bits", bits, "--rank", 0, "--quantizer", quantizer)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     source = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     expected = logits_of(source, tiny_llama)

@@ -84,7 +84,7 @@ def test_a_diverging_training_ends_with_the_last_good_state_kept(
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_that_came_to_nothing_are_not_published(
+def test_a_training_that_came_to_nothing_is_not_published(
     tmp_path: Path, run_cli: Any, arguments: Any
 ) -> None:
     # Too short for three bad steps in a row: step 0 wins, and the NaN is no number in rilq.json.
@@ -100,14 +100,30 @@ BAD_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bits": ("--bits 5", ("--bits 5", "2, 3, 4, 8")),
     "group size": ("--group-size 100", ("--group-size 100", "32, 64, 128")),
     "group size that does not divide": ("--group-size 128", ("--group-size 128", "q_proj (64)")),
-    "quantizer": ("--quantizer awq", ("--quantizer awq", "rtn, gptq")),
-    "clip": ("--clip hard", ("--clip hard", "none, search")),
+    "quantizer": ("--quantizer awq", ("--quantizer awq", "rtn, lsq, hqq, gptq")),
+    "recipe": ("--recipe slow", ("--recipe slow", "fast, default, best, paper")),
+    "clip": ("--clip hard", ("--clip hard", "none, search, lsq")),
+    "clip of no use": ("--quantizer lwc --clip lsq", ("--clip lsq", "lwc finds its own grid")),
+    "layer steps": ("--layer-steps 0", ("--layer-steps 0", "at least 1")),
+    "train": ("--train codes", ("--train codes", "none, adapters, scales, adapters+scales, all")),
+    "nothing to train": ("--rank 0 --train adapters", ("--train adapters", "--rank 0")),
+    "scales beside a lora": ("--adapter lora --train all", ("--train all", "--adapter pooled")),
+    "loss": ("--loss mae", ("--loss mae", "mse, ce, kl", "0.5*mse+kl")),
+    "loss weight": ("--loss 0*kl", ("--loss 0*kl",)),
+    "target": ("--target last", ("--target last", "post-norm, pre-norm, logits")),
+    "target of no use": ("--loss kl --target logits", ("--target logits", "has no mse")),
+    "target that kl cannot use": (
+        "--loss mse+kl --target pre-norm",
+        ("--loss mse+kl", "use --target post-norm"),
+    ),
+    "schedule": ("--schedule cosine", ("--schedule cosine", "decay, constant")),
     "negative rank": ("--rank -1", ("--rank -1",)),
     "rank above the widths": ("--adapter lora --rank 33", ("--rank 33", "--adapter lora", "32")),
     "no number": ("--rank many", ("--rank",)),
     "alpha": ("--alpha 0", ("--alpha 0",)),
     "alpha nan": ("--alpha nan", ("--alpha nan",)),
     "learning rate": ("--lr -0.1", ("--lr -0.1",)),
+    "scales learning rate": ("--scales-lr 0", ("--scales-lr 0.0",)),
     "steps": ("--steps 0", ("--steps 0", "at least 1")),
     "batch size": ("--batch-size 0", ("--batch-size 0",)),
     "validation": ("--val-every 0", ("--val-every 0",)),
@@ -572,14 +588,21 @@ def test_states_that_overflow_name_layer_row_and_dtype_and_a_wider_one_begins_an
     assert run_cli(*command, "--resume", "never").code == 0
 
 
-def test_a_hessian_that_overflows_names_the_linear(
-    model: Path, tmp_path: Path, run_cli: Any, arguments: Any
+@pytest.mark.parametrize(
+    ("quantizer", "named"),
+    [
+        ("gptq", "model.layers.1.mlp.gate_proj: Hessian"),
+        ("blockap", "model.layers.1: blockap: the layer's error is not finite"),
+    ],
+)
+def test_sums_of_squares_that_overflow_name_where(
+    quantizer: str, named: str, model: Path, tmp_path: Path, run_cli: Any, arguments: Any
 ) -> None:
     # Inputs near 1e19: they and all that follows fit into float32, their squares do not.
     norm = "model.layers.1.post_attention_layernorm.weight"
     edit_tensors(model, norm, lambda tensors: tensors[norm].mul_(3e18))
-    ended = run_cli(*arguments(tmp_path, model=model))
-    check_refused(ended, "model.layers.1.mlp.gate_proj: Hessian", "NaN or infinity", code=1)
+    ended = run_cli(*arguments(tmp_path, "--quantizer", quantizer, model=model))
+    check_refused(ended, named, "try --dtype float32 or bfloat16", code=1)
 
 
 def test_no_question_is_asked_on_standard_input(

@@ -54,7 +54,7 @@ def unbroken(
     quick: Any,
     hashes: Any,
 ) -> Unbroken:
-    """The default (GPTQ) conversion of `quick`, run once."""
+    """The default (blockap, adapters and scales) conversion of `quick`, run once."""
     if "unbroken" not in runs:
         folder = tmp_path_factory.mktemp("unbroken")
         ended = in_child(lambda: record(quick(folder), folder / "points"))
@@ -123,7 +123,7 @@ def test_the_compared_output_depends_on_training(runs: dict[Any, Any], unbroken:
 def test_every_stage_has_commit_points(unbroken: Unbroken) -> None:
     stages = [point.partition(":")[0] for point in unbroken.points]
     assert list(dict.fromkeys(stages)) == [
-        "job", "rows", "outer", "layers", "train", "adapters", "shards", "publish", "remove"
+        "job", "rows", "outer", "layers", "train", "trained", "shards", "publish", "remove"
     ]  # fmt: skip
     # Embedding, two decoder layers, targets; step 0 and two validations; three shards.
     counts = {stage: unbroken.points.count(f"{stage}:committed") for stage in stages}
@@ -147,6 +147,37 @@ def test_killed_at_every_commit_point_it_finishes_with_the_same_bytes(
         except AssertionError as err:
             wrong.append(f"{point} ({number}): {err}")
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantizer": "lwc", "train": "scales"},
+        {"quantizer": "signround", "train": "all"},
+        {"quantizer": "blockap", "train": "all", "layer_steps": 20},
+        {"quantizer": "hqq", "adapter": "lora", "rank": 4, "loss": "mse+ce"},
+        {"quantizer": "gptq", "target": "pre-norm", "loss": "mse", "schedule": "constant"},
+    ],
+    ids=lambda changes: f"{changes['quantizer']}-{changes.get('train', 'default')}",
+)
+def test_killed_in_a_layer_and_in_training_every_way_finishes_with_the_same_bytes(
+    changes: dict[str, Any],
+    tmp_path: Path,
+    convert: Any,
+    quick: Any,
+    hashes: Any,
+    unbroken: Unbroken,
+) -> None:
+    ended = convert(quick(tmp_path / "unbroken", **changes))
+    assert ended.code == 0, ended.err
+    options = quick(tmp_path / "killed", **changes)
+    # Before the second layer and then the second training checkpoint is committed.
+    first, second = unbroken.nth("layers:written", 3), unbroken.nth("train:written", 2)
+    assert convert(options, at=first).code == KILLED
+    assert convert(options, at=second - first + 1).code == KILLED
+    ended = convert(options)
+    assert ended.code == 0 and "continuing after 'step 0'" in ended.err, ended.err
+    assert hashes(tmp_path / "killed" / "out") == hashes(tmp_path / "unbroken" / "out")
 
 
 def test_killed_twice_in_a_row_it_finishes_with_the_same_bytes(
@@ -487,7 +518,7 @@ def test_a_deleted_work_folder_leaves_no_staging_folder_behind(
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "bits": ({"bits": 4}, "--bits: 2 there, 4 now"),
     "group size": ({"group_size": 64}, "--group-size: 32 there, 64 now"),
-    "quantizer": ({"quantizer": "rtn"}, "--quantizer: 'gptq' there, 'rtn' now"),
+    "quantizer": ({"quantizer": "rtn"}, "--quantizer: 'blockap' there, 'rtn' now"),
     "clip": ({"clip": "none"}, "--clip: None there, 'none' now"),
     "zero-point": ({"zero_point": "integer"}, "--zero-point: 'real' there, 'integer' now"),
     "skip": ({"skip": ("o_proj",)}, "--skip: [] there, ['o_proj'] now"),
@@ -503,8 +534,21 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"rank": 5}, "--rank: 16 there, 5 now"),
     "alpha": ({"alpha": 8.0}, "--alpha: 16.0 there, 8.0 now"),
     "adapter": ({"adapter": "lora"}, "--adapter: 'pooled' there, 'lora' now"),
-    "adapter-init": ({"adapter_init": "eora"}, "--adapter-init: 'zero' there, 'eora' now"),
+    "adapter-init": (
+        {"adapter_init": "eora", "quantizer": "gptq"},
+        "--adapter-init: 'zero' there, 'eora' now",
+    ),
+    "recipe": ({"recipe": "fast"}, "--recipe: 'default' there, 'fast' now"),
+    "layer steps": ({"layer_steps": 4}, "--layer-steps: 3 there, 4 now"),
+    "train": ({"train": "all"}, "--train: None there, 'all' now"),
+    "loss": ({"loss": "mse+ce"}, "--loss: 'kl' there, 'mse+ce' now"),
+    "target": (
+        {"loss": "mse", "target": "pre-norm"},
+        "--target: 'post-norm' there, 'pre-norm' now",
+    ),
+    "schedule": ({"schedule": "constant"}, "--schedule: 'decay' there, 'constant' now"),
     "lr": ({"learning_rate": 0.5}, "--lr: 0.001 there, 0.5 now"),
+    "scales lr": ({"scales_learning_rate": 0.5}, "--scales-lr: None there, 0.5 now"),
     "steps": ({"steps": 5}, "--steps: 4 there, 5 now"),
     "batch size": ({"batch_size": 4}, "--batch-size: 8 there, 4 now"),
     "val-every": ({"val_every": 1}, "--val-every: 2 there, 1 now"),

