@@ -254,6 +254,7 @@ class _Conversion:
             tier=self.choices.student,
             dtype=self.streamed.dtype,
             device=self.streamed.device,
+            recompute=self.choices.recompute,
         )
 
     def _train(

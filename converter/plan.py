@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Choices:
     learning_rate: float
     scales_learning_rate: float
     seqlen: int
+    recompute: bool = True  # decoder layers in the backward pass, to save their activations
 
 
 @dataclass(frozen=True)
@@ -355,7 +356,10 @@ class _Sizes:
             weights = self.outer_values * item + self.layers * self.layer_values * item
             weights += self.outer_packed_bytes
         tokens = choices.micro_batch * self.seqlen
-        kept = self.layers * tokens * self.hidden * item
+        width = self.hidden
+        if not choices.recompute:  # every input of an operation; float32 copies in the norms
+            width = 16 * self.hidden + 6 * self.intermediate
+        kept = self.layers * tokens * width * item
         logits = 3 * tokens * self.vocabulary * 4
         work = 3 * self.activations(choices.micro_batch, item)
         once = choices.student == "dense" and not self.trains_scales
@@ -512,7 +516,9 @@ def _choose(
     # A packed student dequantizes anew for every micro-batch; a dense one with small micro-batches
     # is still faster, so the order of `tries` is that of speed.
     fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
-    return fitting[0] if fitting else tries[-1]
+    chosen = fitting[0] if fitting else tries[-1]
+    whole = replace(chosen, recompute=False)
+    return whole if sizes.train_bytes(item, whole) + FIXED <= 0.4 * free else chosen
 
 
 def _disks(

@@ -106,6 +106,8 @@ class Student(nn.Module):
         train: what is trained of every quantized linear.
         adapters: of those that are trained; None for none.
         tier: "dense" or "packed".
+        recompute: keep only each decoder layer's input for the backward pass, and run the layer
+            again there: a third more time, for a fraction of the memory.
 
     Attributes:
         trained: what is trained, float32, by `<full name of the linear>.<part>`: `a` and `b` of
@@ -124,6 +126,7 @@ class Student(nn.Module):
         tier: Tier,
         dtype: torch.dtype,
         device: torch.device,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         self.model = build_skeleton(config, dtype, quantization)
@@ -142,10 +145,11 @@ class Student(nn.Module):
                     self.model.set_submodule(
                         full, self._linear(full, module, train, adapters, tier, dtype)
                     )
-            # Only the layer's input is kept; the rest is computed again in the backward pass.
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            if recompute:
+                # Only the layer's input is kept; the backward pass computes the rest again.
+                layer.forward = partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
         self._last: Tensor | None = None
         layers[-1].register_forward_hook(self._keep_output)
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
