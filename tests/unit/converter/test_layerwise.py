@@ -26,6 +26,7 @@ from rilq.converter.quantizers.layerwise import (
     LearnedRounding,
     LearnedWeight,
     rate_at,
+    rate_of,
     round_through,
 )
 from rilq.errors import RilqError
@@ -156,19 +157,17 @@ def test_a_rounding_offset_moves_a_code_by_one_at_most_and_reaches_both_neighbou
     assert float((upper - lower).mean()) > 0.7  # the others are clipped at an end
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_learned_offsets_and_ends_stay_in_their_bounds(name: str) -> None:
-    if name != "signround":
-        pytest.skip("only sign descent has bounds")
+def test_sign_descent_moves_by_the_rate_and_stays_in_its_bounds() -> None:
     each = LearnedRounding(random_weight(6, 64), SPEC, "lsq", torch.ones(64))
     optimizer = layerwise.learned_optimizer("signround", each.groups(40))
-    for _ in range(40):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.2
-        each.rounding.grad, each.ends.grad = (
-            torch.ones_like(each.rounding),
-            -torch.ones_like(each.ends),
-        )
+    for group in optimizer.param_groups:
+        group["lr"] = 0.2
+    each.rounding.grad = torch.linspace(1, 9, 384).view_as(each.rounding)
+    each.ends.grad = torch.full_like(each.ends, -1e-6)
+    optimizer.step()
+    torch.testing.assert_close(each.rounding.data, torch.full_like(each.rounding, -0.2))
+    torch.testing.assert_close(each.ends.data, torch.full_like(each.ends, 1.2))
+    for _ in range(3):
         optimizer.step()
     assert each.rounding.eq(-0.5).all() and each.ends.eq(1.5).all()
 
@@ -176,24 +175,49 @@ def test_learned_offsets_and_ends_stay_in_their_bounds(name: str) -> None:
 # -- what training gains ---------------------------------------------------------------------------
 
 
+# 32 x 128 weights at 2 bits, 100 updates. Measured: lwc 0.56 of the error of rounding, signround
+# 0.82 and blockap 0.81 of that of least squares, which both start from.
 @pytest.mark.parametrize(
     ("name", "start", "ratio"),
-    [
-        ("lwc", "rtn", 0.75),
-        ("signround", "lsq", 0.95),
-        ("blockap", "lsq", 0.9),
-    ],
+    [("lwc", "rtn", 0.7), ("signround", "lsq", 0.9), ("blockap", "lsq", 0.9)],
 )
 def test_training_lowers_the_error_of_the_layers_output(
     name: str, start: str, ratio: float
 ) -> None:
-    """Of 32 x 128 weights at 2 bits, 100 updates: see the comments for what was measured."""
     weight, hessian = random_weight(32, 128), even_hessian(128)
     begun = proxy_loss(weight, quantized(build_quantizer(start), weight, SPEC, hessian), hessian)
     quantizer = build_quantizer(name, layer_steps=100)
     ended = proxy_loss(weight, quantized(quantizer, weight, SPEC, hessian), hessian)
-    # lwc 0.56 of rounding's, signround 0.83 and blockap 0.76 of least squares'.
     assert ended < ratio * begun
+
+
+@pytest.mark.parametrize("name", ["signround", "blockap"])
+def test_where_training_gains_nothing_the_start_is_kept(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = random_weight(16, 64), correlated_hessian(64)
+    start = quantized(build_quantizer("lsq"), weight, SPEC, hessian)
+    monkeypatch.setattr(layerwise, "rate_of", lambda path, steps: 3.0)  # whole codes in one leap
+    leapt = quantized(build_quantizer(name, layer_steps=1), weight, SPEC, hessian)
+    assert leapt.codes.equal(start.codes) and leapt.scale.equal(start.scale)
+
+
+def test_few_updates_go_less_far_and_many_go_all_the_way() -> None:
+    assert rate_of(5.0, 100) == pytest.approx(0.05) and rate_of(5.0, 50) == pytest.approx(0.1)
+    assert rate_of(5.0, 1) == rate_of(5.0, 10) == rate_of(5.0, 40) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("kind", [LearnedCodes, LearnedRounding])
+def test_factors_move_the_last_code_as_far_whatever_the_bits(kind: type[LearnedWeight]) -> None:
+    def farthest(bits: int) -> float:
+        """How far one update at the peak rate moves the last code, in steps."""
+        spec = QuantSpec(bits, 32)
+        each = kind(random_weight(6, 64), spec, "lsq", torch.ones(64))
+        factor = each.log_scale if isinstance(each, LearnedCodes) else each.ends
+        [peak] = [g["peak"] for g in each.groups(100) if any(p is factor for p in g["params"])]
+        return float(peak) * spec.max_code
+
+    assert [farthest(bits) for bits in (3, 4, 8)] == pytest.approx([farthest(2)] * 3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
