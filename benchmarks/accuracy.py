@@ -213,9 +213,10 @@ class Bench:
         self.digest = finished.output.strip()
         self.table = Table(
             model=args.model.name,
-            texts=[text.name for text in (args.text, *args.other_text)],
+            texts=[f"{t.parent.name}/{t.name}" for t in (args.text, *args.other_text)],
             facts={
-                "rows": f"{args.nsamples} x {args.seqlen} tokens of {args.dataset.name}",
+                "rows": f"{args.nsamples} x {args.seqlen} tokens of "
+                f"{args.dataset.parent.name}/{args.dataset.name}",
                 "digest of the rows": self.digest,
                 "threads": args.threads,
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, "

@@ -168,8 +168,15 @@ def draw(table: Table, folder: Path) -> str:
         if result.bits_per_weight < 16:
             by_bits.plot(result.bits_per_weight, table.gap(result), **style)
     by_bits.set(xlabel="stored bits per weight", ylabel="gap closed")
-    by_time.set(xlabel="wall time of the whole command, s", xscale="log")
-    for axes in (by_bits, by_time):
+    by_time.set(xlabel="wall time of the whole command, s")
+    ticks = {by_bits: (2, 2.5, 3, 4, 6, 8, 12, 16), by_time: (3, 10, 30, 100, 300, 1000)}
+    for axes, values in ticks.items():
+        limits = axes.get_xlim()  # before ticks outside them widen it
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+        axes.set_xlim(max(limits[0], 0.8 * values[0]), 1.1 * limits[1])
+        axes.axhline(1, color="grey", linewidth=1)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{table.model}: plain rounding is 0, full precision is 1; ours are circles")
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")

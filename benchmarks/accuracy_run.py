@@ -43,9 +43,13 @@ def run(command: list[object], threads: int, limit: float = RUN_SECONDS) -> Fini
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
     }
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryDirectory() as cwd,  # some tools leave logs where they are started
+    ):
         begun = time.perf_counter()
-        process = subprocess.Popen(words, stdout=output, stderr=errors, env=environment)
+        process = subprocess.Popen(words, cwd=cwd, stdout=output, stderr=errors, env=environment)
         pid, status, usage = 0, 0, None
         while not pid:
             # wait4 gives this child's own peak. It counts from the size of the process that
