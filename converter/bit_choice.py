@@ -40,9 +40,10 @@ def choose_bits(
     chosen, however much of the average stays unused. Among the choices whose total comes nearest
     to the average from below, the one of the greatest sum of gains is taken.
 
-    Exact while the total has at most `most_units` units of the sizes' common divisor. Beyond, a
-    unit is larger and each linear's cost is rounded up to it: never more than the average, and
-    short of it by less than `(linears + 1) / most_units` of the distance to the most bits.
+    Exact while what is to be spent has at most `most_units` units of the costs' common divisor.
+    Beyond, a unit is larger and each linear's cost is rounded up to it: never more than the
+    average, and at least what the sizes allow for `linears + 1` units less, less one unit for each
+    linear (of 1000 linears at most 3 % of what is spent, were it all waste).
 
     Args:
         weights: number of weights by linear.
