@@ -225,7 +225,7 @@ class _Conversion:
             }
             base = self.options.bits
             chosen = choose_bits(weights, gains, base=base, average=self.options.avg_bits)
-            facts = {
+            facts: dict[str, Any] = {
                 "average": average_bits(weights, chosen, base),
                 "chosen": chosen,
                 "gains": {n: {str(b): g for b, g in each.items()} for n, each in gains.items()},

@@ -180,6 +180,16 @@ def test_a_damaged_alternative_is_named_and_made_again(
     assert hashes(tmp_path / "other" / "out") == hashes(tmp_path / "whole" / "out")
 
 
+def test_plan_counts_the_alternatives_on_disk(converted: Run, tmp_path: Path) -> None:
+    rtn = ("--quantizer", "rtn", "--rank", 0, "--keep-work")
+    # An average of the base's bits: the output is the same, and only the alternatives are more.
+    told = [converted("a", *rtn, "--avg-bits", 2), converted("b", *rtn)]
+    planned = [sum(disk["needed"] for disk in each["plan"]["disks"]) for each in told]
+    files = (tmp_path / "a" / "out.rilq-work").glob("layer-*-bits-*.safetensors")
+    stored = [tensor.nbytes for file in files for tensor in load_file(file).values()]
+    assert len(stored) == 2 * 14 * 3 and planned[0] - planned[1] == sum(stored)
+
+
 def test_plan_for_people_says_the_average(tmp_path: Path, run_cli: Run, arguments: Run) -> None:
     ended = run_cli(*arguments(tmp_path, "--avg-bits", 2.3, command="plan"))
     assert ended.code == 0 and "2.3 bits on average" in " ".join(ended.out.split())
