@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rilq.converter import workdir
 from rilq.converter.adapters import AdapterSpec
+from rilq.converter.alternatives import alternative_file
 from rilq.converter.merge import merged_grid
 from rilq.converter.outer import SOURCE_FILE, saved_outer
 from rilq.converter.workdir import WorkDir
@@ -45,6 +46,7 @@ class QuantizedParts:
         layers: number of decoder layers.
         trained: what was trained, by `<linear>.<part>`, float32; None to merge nothing.
         spec: of the adapters among it.
+        bits: of linears that were given more than the base's (bit_choice.py).
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class QuantizedParts:
         layers: int,
         trained: Mapping[str, Tensor] | None = None,
         spec: AdapterSpec | None = None,
+        *,
+        bits: Mapping[str, int] | None = None,
     ) -> None:
         self.files = [saved_outer(work)]
         self.files += [work.file(f"layer-{i:04d}.safetensors") for i in range(layers)]
@@ -64,7 +68,16 @@ class QuantizedParts:
         self.layout: dict[str, TensorLayout] = {}
         self._file_of: dict[str, Path] = {}
         for path in self.files:
-            for name, info in read_header(path).tensors.items():
+            self._take(path)
+        for more in sorted(set((bits or {}).values())):
+            names = {name for name, value in (bits or {}).items() if value == more}
+            for index in range(layers):
+                self._take(work.file(alternative_file(index, more)), names)
+
+    def _take(self, path: Path, linears: set[str] | None = None) -> None:
+        """Find tensors in this file, if given only those of some linears, and nowhere else."""
+        for name, info in read_header(path).tensors.items():
+            if linears is None or name.rpartition(".")[0] in linears:
                 self.layout[name] = TensorLayout(info.dtype, info.shape)
                 self._file_of[name] = path
 
@@ -75,6 +88,9 @@ class QuantizedParts:
     def layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of one decoder layer."""
         tensors = load_file(self.files[index + 1])
+        for name in tensors:
+            if self._file_of[name] != self.files[index + 1]:
+                tensors[name] = self._stored(name)
         for linear in {name.rpartition(".")[0] for name in tensors} & self._trained.keys():
             tensors |= self._merged(linear, tensors)
         return tensors
@@ -82,10 +98,13 @@ class QuantizedParts:
     def tensor(self, name: str) -> Tensor:
         """One tensor, as it is stored in the output."""
         linear, _, part = name.rpartition(".")
+        if linear in self._trained and part in _GRID:
+            grid = {key: self._stored(key) for key in (f"{linear}.{p}" for p in _GRID)}
+            return self._merged(linear, grid)[name]
+        return self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
-            if linear in self._trained and part in _GRID:
-                grid = {key: file.get_tensor(key) for key in (f"{linear}.{p}" for p in _GRID)}
-                return self._merged(linear, grid)[name]
             value: Tensor = file.get_tensor(name)
             return value
 

@@ -57,6 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 DEFAULT_ROWS = 320  # rows of the paper's calibration set
 DEFAULT_SEQLEN = 512
+MOST_AVERAGE_BITS = 4  # the most bits of a linear with --avg-bits
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ConvertOptions:
     zero_point: Literal["real", "integer"] = "real"
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
+    avg_bits: float | None = None
     rotate: bool = False
     embed_bits: int = 16
     head_bits: int = 16
@@ -159,12 +161,20 @@ class ConvertOptions:
         if self.output_dir is not None:
             return self.output_dir
         name = Path(self.model).resolve().name if Path(self.model).exists() else self.model
-        return Path(f"{name.rpartition('/')[2]}-w{self.bits}g{self.group_size}-rilq")
+        bits = self.avg_bits or self.bits
+        return Path(f"{name.rpartition('/')[2]}-w{bits:g}g{self.group_size}-rilq")
 
     @property
     def work(self) -> Path:
         """The work folder: as given, or beside the output."""
         return self.work_dir or self.output.with_name(self.output.name + ".rilq-work")
+
+    @property
+    def more_bits(self) -> tuple[int, ...]:
+        """What a linear may get instead of `bits`, where an average is asked for."""
+        if self.avg_bits is None:
+            return ()
+        return tuple(b for b in BITS if self.bits < b <= MOST_AVERAGE_BITS)
 
     def spec_for(self, name: str) -> QuantSpec | None:
         """How the linear `name` is quantized; None if it stays as it is."""
@@ -303,8 +313,27 @@ def _check(options: ConvertOptions) -> None:
     for pattern, bits in o.bits_for:
         if bits not in BITS:
             problems.append(f"--bits-for {pattern}={bits}: expected one of {BITS}")
+    problems += _average_problems(o)
     if problems:
         raise OptionError("\n".join(problems))
+
+
+def _average_problems(o: ConvertOptions) -> list[str]:
+    if o.avg_bits is None:
+        return []
+    problems = []
+    if not o.bits <= o.avg_bits <= MOST_AVERAGE_BITS:
+        problems.append(
+            f"--avg-bits {o.avg_bits}: expected between --bits ({o.bits}) and {MOST_AVERAGE_BITS}"
+        )
+    if o.bits_for:
+        problems.append("--avg-bits, --bits-for: give one of them")
+    if o.adapter_init != "zero":
+        problems.append(
+            f"--avg-bits, --adapter-init {o.adapter_init}: fits the error that the base's bits "
+            "leave\n  use --adapter-init zero"
+        )
+    return problems
 
 
 def flag(field_name: str) -> str:

@@ -23,6 +23,7 @@ from rilq.calib.sources import describe_source, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.architecture import refuse_quantized
+from rilq.converter.bit_choice import average_bits, choose_bits
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
@@ -137,7 +138,8 @@ class _Conversion:
 
     def __init__(self, job: Job, work: WorkDir, report: Reporter) -> None:
         self.job, self.work, self.report = job, work, report
-        self.options, self.streamed = job.options, job.streamed
+        self.options, self.streamed, self.plan = job.options, job.streamed, job.plan
+        self.bits: dict[str, int] = {}  # of linears that get more than the base's
         saved = {k: v for k, v in work.job["choices"].items() if k != "files"}
         self.choices = Choices(**saved)
         self.layers = len(job.streamed.layers)
@@ -177,6 +179,7 @@ class _Conversion:
                 target=self.options.target,
                 outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
                 initial=self._initial(),
+                more_bits=self.options.more_bits,
             ),
             self.report,
         )
@@ -188,15 +191,17 @@ class _Conversion:
                 r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
             ]
         }
+        if self.options.avg_bits is not None:
+            quality["bits"] = self._choose_bits()
+            self.bits = quality["bits"]["chosen"]
+            self.plan = self.plan.with_bits(self.bits)
         recipe = {
             **self.options.recorded(),
             "train": self.options.trains,
             "learning_rate": self.choices.learning_rate,
             "scales_learning_rate": self.choices.scales_learning_rate,
         }
-        quantization = self.job.plan.quantization(
-            recipe, self.options.bits, self.options.group_size
-        )
+        quantization = self.plan.quantization(recipe, self.options.bits, self.options.group_size)
         trained: dict[str, Tensor] = {}
         if training:
             if not (ready := self.work.stage("trained")):
@@ -206,6 +211,32 @@ class _Conversion:
             trained = load_file(self.work.file("trained.safetensors"))
         self._write(trained, quantization, data, quality, recipe, fingerprint)
         return quality
+
+    def _choose_bits(self) -> dict[str, Any]:
+        """Which linears get more bits, once and for all; facts for `rilq.json`."""
+        if not self.work.stage("bits"):
+            assert self.options.avg_bits is not None, "nothing to choose"
+            weights = {p.name: p.out_features * p.in_features for p in self.plan.quantized}
+            # JSON made strings of the bits of what an earlier run measured.
+            gains = {
+                name: {int(bits): gain for bits, gain in by_bits.items() if isfinite(gain)}
+                for record in self.work.stage("layers")
+                for name, by_bits in record.facts.get("gains", {}).items()
+            }
+            base = self.options.bits
+            chosen = choose_bits(weights, gains, base=base, average=self.options.avg_bits)
+            facts: dict[str, Any] = {
+                "average": average_bits(weights, chosen, base),
+                "chosen": chosen,
+                "gains": {n: {str(b): g for b, g in each.items()} for n, each in gains.items()},
+            }
+            self.work.commit("bits", "bits", facts)
+        facts = self.work.stage("bits")[-1].facts
+        self.report.note(
+            f"bits: {facts['average']:.4f} per weight on average; more than {self.options.bits} in "
+            f"{len(facts['chosen'])} of {len(self.plan.quantized)} linears"
+        )
+        return facts
 
     def _initial(self) -> InitialAdapters | None:
         """How adapters start, where that is found while quantizing."""
@@ -262,7 +293,7 @@ class _Conversion:
     ) -> None:
         """Train, keep the best values, and measure what merging them changes."""
         o = self.options
-        parts = QuantizedParts(self.work, self.layers)
+        parts = QuantizedParts(self.work, self.layers, bits=self.bits)
         student = self._student(parts, quantization, train=o.trains)
         use_initial(student.trained, self.work)
         trainer = Trainer(
@@ -307,7 +338,7 @@ class _Conversion:
             with torch.no_grad():
                 before = student(sample).cpu()
             del student, trainer
-            parts = QuantizedParts(self.work, self.layers, best, self.adapter_spec)
+            parts = QuantizedParts(self.work, self.layers, best, self.adapter_spec, bits=self.bits)
             merged = self._student(parts, quantization, train="none")
             facts |= self._merge_figures(merged, before, sample, stream, tokens, validation)
         self.work.commit("trained", "trained", facts, files={path: file_hash(path)})
@@ -372,7 +403,7 @@ class _Conversion:
     ) -> None:
         spec = self.adapter_spec
         merged = trained if self._merging else None
-        parts = QuantizedParts(self.work, self.layers, merged, spec)
+        parts = QuantizedParts(self.work, self.layers, merged, spec, bits=self.bits)
         lora = (spec, trained) if spec is not None and not self._merging else None
         manifest = {
             "format_version": quantization.format_version,
@@ -385,8 +416,8 @@ class _Conversion:
             },
             "recipe": recipe,
             "compute_dtype": self.choices.dtype,
-            "bits_per_weight": self.job.plan.bits_per_weight,
-            "bits_per_parameter": self.job.plan.bits_per_parameter,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "bits_per_parameter": self.plan.bits_per_parameter,
             "kept_in_16_bits": dict(self.job.plan.kept),
             "calibration": data,
             "quality": quality,

@@ -20,6 +20,8 @@ from rilq.converter.adapters import (
     parameter_count,
     scales_learning_rate,
 )
+from rilq.converter.alternatives import ROWS as GAIN_ROWS
+from rilq.converter.bit_choice import budget
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, volume_of
 from rilq.converter.options import (
@@ -90,6 +92,8 @@ class Plan:
 
     Attributes:
         quantized, kept: linears of the decoder layers, and what stays in 16 bits with its reason.
+        avg_bits: code bits per weight at most, where linears may get more than their spec says;
+            sizes and bits below are then upper bounds.
         outer: embedding and head where they are quantized; a tied head is the embedding.
         tied: embedding and head are one matrix.
         read_bytes: of the checkpoint.
@@ -107,6 +111,7 @@ class Plan:
     parameters: int
     quantized: tuple[LinearPlan, ...]
     kept: tuple[tuple[str, str], ...]
+    avg_bits: float | None
     embed_bits: int
     head_bits: int
     tied: bool
@@ -128,6 +133,26 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, with full words."""
         return asdict(self)
+
+    def with_bits(self, chosen: Mapping[str, int]) -> Plan:
+        """The plan once it is chosen which linears get more bits: nothing is a bound any more."""
+        bound = _stored_bits(self.quantized, self.avg_bits)
+        quantized = tuple(
+            replace(p, spec=replace(p.spec, bits=chosen.get(p.name, p.spec.bits)))
+            for p in self.quantized
+            if p.spec
+        )
+        bits = _stored_bits(quantized)
+        output = self.output_bytes - bound // 8 + bits // 8
+        return replace(
+            self,
+            quantized=quantized,
+            avg_bits=None,
+            output_bytes=output,
+            bits_per_weight=bits / max(1, _weights(quantized)),
+            bits_per_parameter=self.bits_per_parameter
+            + 8 * (output - self.output_bytes) / self.parameters,
+        )
 
     def quantization(self, recipe: Mapping[str, Any], bits: int, group_size: int) -> RilqConfig:
         """`quantization_config` of the output."""
@@ -188,6 +213,7 @@ def make_plan(
         parameters=sizes.parameters,
         quantized=quantized,
         kept=kept,
+        avg_bits=options.avg_bits,
         embed_bits=options.embed_bits,
         head_bits=options.head_bits,
         tied=is_tied(streamed),
@@ -269,6 +295,9 @@ class _Sizes:
     hessians: bool
     searches: bool
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
+    alternatives: int  # other bits that each linear is quantized to
+    alternative_bytes: float  # of all alternatives of one weight
+    gain_passes: float  # over all rows, to measure what alternatives gain
 
     @classmethod
     def of(
@@ -284,7 +313,7 @@ class _Sizes:
         layers = [streamed.layer_names(i) for i in range(len(streamed.layers))]
         outer = streamed.outer_names()
         weights = {f"{p.name}.weight" for p in (*quantized, *packed_outer)}
-        bits, outer_bits = _stored_bits(quantized), _stored_bits(packed_outer)
+        bits, outer_bits = _stored_bits(quantized, options.avg_bits), _stored_bits(packed_outer)
         head_size = streamed.config.vocab_size * streamed.config.hidden_size
         adapters = AdapterSpec(options.adapter, max(1, options.rank), options.alpha, options.seed)
         return cls(
@@ -302,7 +331,7 @@ class _Sizes:
             hidden=streamed.config.hidden_size,
             intermediate=streamed.config.intermediate_size,
             vocabulary=streamed.config.vocab_size,
-            quantized_weights=sum(p.out_features * p.in_features for p in quantized),
+            quantized_weights=_weights(quantized),
             quantized_bits=bits,
             output_bytes=(bits + outer_bits) // 8
             + sum(
@@ -316,12 +345,27 @@ class _Sizes:
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
+            alternatives=len(options.more_bits),
+            alternative_bytes=sum(
+                QuantSpec(bits, options.group_size).bits_per_weight / 8
+                for bits in options.more_bits
+            ),
+            # A layer is run for each alternative of each of its linears, and once with none.
+            gain_passes=min(1.0, GAIN_ROWS / rows)
+            * (1 + len(options.more_bits) * len(quantized) / len(layers))
+            * bool(options.more_bits),
         )
 
     @property
     def host_bytes(self) -> int:
         """Beside a GPU: layers as stored, the one that comes next among them, and what is outer."""
-        return self.layer_bytes * 3 + self.outer_bytes + self.outer_packed_bytes
+        outer = self.outer_bytes + self.outer_packed_bytes
+        return self.layer_bytes * 3 + outer + self.layer_alternatives
+
+    @property
+    def layer_alternatives(self) -> int:
+        """The largest decoder layer's alternatives."""
+        return round(self.alternative_bytes * self.layer_values)
 
     def states_bytes(self, item: int) -> int:
         return self.rows * self.seqlen * self.hidden * item
@@ -345,7 +389,7 @@ class _Sizes:
         outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
         outer += 8 * 4 * min(CHUNK, self.outer_packed)
         batch = 2 * self.activations(choices.batch_rows, item)
-        return max(outer, layer + quantizer + hessian + batch)
+        return max(outer, layer + self.layer_alternatives + quantizer + hessian + batch)
 
     def train_bytes(self, item: int, choices: Choices) -> int:
         """Weights, what is trained with Adam and the best copy, activations, logits."""
@@ -369,13 +413,15 @@ class _Sizes:
     def work_bytes(self, item: int, options: ConvertOptions) -> int:
         """Layers and outer tensors, four sets of states (or targets), two training states.
 
-        Of embedding and head that are quantized, both the source's and the output's.
+        Of embedding and head that are quantized, both the source's and the output's; of linears
+        all alternatives.
         """
         states = 5 * self.states_bytes(item)
         output = self.output_bytes + (self.outer_bytes if self.outer_packed else 0)
         initial = 4 * self.trained_values if options.adapter_init != "zero" else 0
         trained = 2 * 4 * 4 * self.trained_values
-        return output + states + initial + trained + (4 << 20)
+        alternatives = round(self.alternative_bytes * self.quantized_weights)
+        return output + states + initial + trained + alternatives + (4 << 20)
 
 
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
@@ -392,11 +438,17 @@ def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: Adapt
     }[options.trains]
 
 
-def _stored_bits(linears: Iterable[LinearPlan]) -> int:
-    """Bits of codes, scales and zero-points."""
-    return int(
-        sum(p.out_features * p.in_features * p.spec.bits_per_weight for p in linears if p.spec)
-    )
+def _stored_bits(linears: Iterable[LinearPlan], average: float | None = None) -> int:
+    """Bits of codes, scales and zero-points; with an average, the most that it allows."""
+    linears = tuple(linears)
+    stored = sum(p.out_features * p.in_features * p.spec.bits_per_weight for p in linears if p.spec)
+    bases = [p.spec.bits for p in linears if p.spec]  # with an average, all of them the same
+    more = budget(_weights(linears), bases[0], average) if average is not None and bases else 0
+    return int(stored) + more
+
+
+def _weights(linears: Iterable[LinearPlan]) -> int:
+    return sum(p.out_features * p.in_features for p in linears)
 
 
 def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
@@ -548,6 +600,7 @@ def _time(
     """Matrix products, and what lies between them, each at the speed measured for it."""
     weights, tokens = sizes.layers * sizes.layer_values, rows * sizes.seqlen
     passes = 2 + (2.5 if sizes.hessians else 0)  # teacher, student; partial ones for Hessians
+    passes += sizes.gain_passes
     validations = options.steps // options.val_every + 2
     trained = (options.steps * options.batch_size * 3 + validations * validation) * sizes.seqlen
     trained = trained if options.trains != "none" else 0
@@ -560,7 +613,8 @@ def _time(
     # Norms, rotary embeddings, activations, residuals, adapters: so many reads and writes.
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
-    moved += SEARCH_BYTES * (sizes.quantized_weights * sizes.searches + sizes.outer_packed)
+    searched = sizes.quantized_weights * (sizes.searches + sizes.alternatives)
+    moved += SEARCH_BYTES * (searched + sizes.outer_packed)
     moved += ROTATE_BYTES * sizes.parameters if options.rotate else 0
     seconds = flops / machine.flops + moved / machine.bandwidth
     basis = (

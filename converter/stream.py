@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
+from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
 from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
@@ -32,6 +34,7 @@ from rilq.converter.outer import (
     quantize_outer,
 )
 from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
+from rilq.converter.quantizers.lsq import LsqQuantizer
 from rilq.converter.train import row_order
 from rilq.converter.workdir import WorkDir
 from rilq.errors import CheckpointError, RilqError
@@ -59,6 +62,7 @@ class StreamOptions:
         outer: embedding and head by module name, where they are quantized.
         initial: what adapters start from, to be found with the codes; None for what needs no data.
             The student's states are then those of the layers with their adapters.
+        more_bits: each linear is also quantized to these, and what that gains is measured.
         after_layer: told of every layer while it is still loaded; for analyses.
     """
 
@@ -72,6 +76,7 @@ class StreamOptions:
     target: Target = "post-norm"
     outer: Mapping[str, QuantSpec] = field(default_factory=dict)
     initial: InitialAdapters | None = None
+    more_bits: tuple[int, ...] = ()
     after_layer: Callable[[StreamedLayer], None] | None = None
 
 
@@ -192,7 +197,8 @@ class StreamingPass:
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
             wanted = self._store(next_teacher)
-            saved, adapters = self._quantize(index, tensors, student, wanted)
+            others = Alternatives(self.options.more_bits)
+            saved, adapters = self._quantize(index, tensors, student, wanted, others)
             path = self.work.file(f"layer-{index:04d}.safetensors")
             write_tensors(path, saved)
             paths = [path]
@@ -200,6 +206,8 @@ class StreamingPass:
                 paths.append(self.work.file(f"{PREFIX}{index:04d}.safetensors"))
                 write_tensors(paths[1], adapter_tensors(adapters))
             self._use_saved(index, {n: t for each in paths for n, t in load_file(each).items()})
+            more = self._save_alternatives(index, others)
+            gains = self._gains(index, more, student, wanted)
             student_digest, error = self._propagate_compared(index, student, next_student, wanted)
             if self.options.after_layer is not None:
                 self.options.after_layer(StreamedLayer(index, tensors, saved, student, wanted))
@@ -207,8 +215,8 @@ class StreamingPass:
         self.work.commit(
             "layers",
             f"layer {index}",
-            {"error": error, "source": self._source_hashes(names)},
-            files={each: file_hash(each) for each in paths},
+            {"error": error, "source": self._source_hashes(names)} | gains,
+            files={each: file_hash(each) for each in [*paths, *more.values()]},
             passing={next_teacher: digest, next_student: student_digest},
         )
         return error
@@ -219,8 +227,9 @@ class StreamingPass:
         tensors: dict[str, Tensor],
         student: ActivationStore,
         wanted: ActivationStore,
+        others: Alternatives,
     ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
-        """Quantize a loaded layer's linears.
+        """Quantize a loaded layer's linears, and add their alternatives to `others`.
 
         Returns:
             All of its tensors as they will be stored; the adapters that start from something
@@ -232,9 +241,9 @@ class StreamingPass:
             return kept, {}
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerQuantizer):
-            saved = self._train_layer(quantizer, index, tensors, specs, student, wanted)
+            saved = self._train_layer(quantizer, index, tensors, specs, student, wanted, others)
             return kept | saved, {}
-        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student)
+        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student, others)
         return kept | saved, adapters
 
     def _by_groups(
@@ -244,6 +253,7 @@ class StreamingPass:
         tensors: dict[str, Tensor],
         specs: dict[str, QuantSpec],
         student: ActivationStore,
+        others: Alternatives,
     ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """One weight after the other, those that share an input together.
 
@@ -274,6 +284,7 @@ class StreamingPass:
                         quantized, adapters[name] = initial.quantize(
                             name, weight, quantizer, specs[name], prepared, hessian
                         )
+                    others.add(name, weight, specs[name], quantizer, prepared)
                 native = native_tensors(name, quantized)
                 started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
                 self._assign(linears[name], native | started, name, specs[name])
@@ -289,8 +300,9 @@ class StreamingPass:
         specs: dict[str, QuantSpec],
         student: ActivationStore,
         wanted: ActivationStore,
+        others: Alternatives,
     ) -> dict[str, Tensor]:
-        """All linears together, on the layer's output."""
+        """All linears together, on the layer's output; alternatives by least squares."""
         device, o = self.streamed.device, self.options
         order = row_order(o.train_rows, o.seed + index)
 
@@ -313,11 +325,38 @@ class StreamingPass:
                     batches=([(x.to(device), y.to(device)) for x, y in b] for b in batches),
                 )
             )
+        for name in specs:
+            weight = tensors[f"{name}.weight"].to(device, torch.float32)
+            others.add(name, weight, specs[name], LsqQuantizer(), squares[name])
         return {
             n: t.cpu()
             for name, linear in quantized.items()
             for n, t in native_tensors(name, linear).items()
         }
+
+    def _save_alternatives(self, index: int, others: Alternatives) -> dict[int, Path]:
+        """Write a layer's linears at more bits; the files by bits."""
+        files = {bits: self.work.file(alternative_file(index, bits)) for bits in others.tensors}
+        for bits, path in files.items():
+            write_tensors(path, others.tensors.pop(bits))
+        return files
+
+    def _gains(
+        self, index: int, files: dict[int, Path], student: ActivationStore, wanted: ActivationStore
+    ) -> dict[str, Any]:
+        """What each saved alternative gains, as facts for the journal; none without files."""
+        if not files:
+            return {}
+        gains = measured_gains(
+            self.streamed,
+            index,
+            files,
+            student,
+            wanted,
+            rows=min(ROWS, self.options.train_rows),
+            batch_rows=self.options.batch_rows,
+        )
+        return {"gains": gains}
 
     def _squares(
         self, index: int, names: Iterable[str], student: ActivationStore

@@ -525,6 +525,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "embedding": ({"embed_bits": 8}, "--embed-bits: 16 there, 8 now"),
     "head": ({"head_bits": 4}, "--head-bits: 16 there, 4 now"),
     "bits for": ({"bits_for": (("o_proj", 4),)}, "--bits-for: {} there, {'o_proj': 4} now"),
+    "average bits": ({"avg_bits": 2.5}, "--avg-bits: None there, 2.5 now"),
     "rotate": ({"rotate": True}, "--rotate: False there, True now"),
     "rows": ({"rows": "documents"}, "--rows: 'packed' there, 'documents' now"),
     "nsamples": ({"nsamples": 9}, "--nsamples: 12 there, 9 now"),
