@@ -90,7 +90,7 @@ def _convert_options(
     ] = None,
     layer_steps: Annotated[
         int | None,
-        _option(_BASE, "Updates per decoder layer of lwc, signround, blockap. (default: 100)"),
+        _option(_BASE, "Updates per decoder layer of lwc, signround, blockap. (default: 150)"),
     ] = None,
     zero_point: Annotated[
         str | None,
@@ -211,10 +211,10 @@ def _convert_options(
     schedule: Annotated[
         str | None, _option(_TRAIN, "decay or constant learning rate. (default: decay)")
     ] = None,
-    steps: Annotated[int | None, _option(_TRAIN, "Updates at most. (default: 100)")] = None,
-    batch_size: Annotated[int | None, _option(_TRAIN, "Rows per update. (default: 8)")] = None,
+    steps: Annotated[int | None, _option(_TRAIN, "Updates at most. (default: 200)")] = None,
+    batch_size: Annotated[int | None, _option(_TRAIN, "Rows per update. (default: 2)")] = None,
     val_every: Annotated[
-        int | None, _option(_TRAIN, "Updates between validations. (default: 25)")
+        int | None, _option(_TRAIN, "Updates between validations. (default: 50)")
     ] = None,
     patience: Annotated[
         int | None, _option(_TRAIN, "Validations without a gain before stopping. (default: 5)")

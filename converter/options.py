@@ -37,9 +37,15 @@ LAYER_QUANTIZERS = ("lwc", "signround", "blockap")  # trained on a decoder layer
 LOSSES = ("mse", "ce", "kl")
 # Named sets of options, over the defaults of `ConvertOptions`; docs/recipes.md says why.
 RECIPES: dict[str, dict[str, Any]] = {
-    "fast": {"layer_steps": 40, "steps": 30, "val_every": 15},
+    "fast": {"layer_steps": 80, "steps": 80, "val_every": 40},
     "default": {},
-    "best": {"layer_steps": 200, "train": "all", "steps": 300},
+    "best": {
+        "layer_steps": 250,
+        "train": "all",
+        "steps": 600,
+        "batch_size": 4,
+        "val_every": 100,
+    },
     "paper": {
         "quantizer": "rtn",
         "zero_point": "integer",
@@ -49,6 +55,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-4,
         "schedule": "constant",
         "steps": 1250,
+        "batch_size": 8,
+        "val_every": 25,
         "rows": "documents",
         "nsamples": 320,
         "seqlen": 512,
@@ -76,7 +84,7 @@ class ConvertOptions:
     group_size: int = 64
     quantizer: str = "blockap"
     clip: Clip | None = None
-    layer_steps: int = 100
+    layer_steps: int = 150
     zero_point: Literal["real", "integer"] = "real"
     skip: tuple[str, ...] = ()
     bits_for: tuple[tuple[str, int], ...] = ()
@@ -103,9 +111,9 @@ class ConvertOptions:
     learning_rate: float | None = None
     scales_learning_rate: float | None = None
     schedule: Schedule = "decay"
-    steps: int = 100
-    batch_size: int = 8
-    val_every: int = 25
+    steps: int = 200
+    batch_size: int = 2
+    val_every: int = 50
     patience: int = 5
     # the machine
     device: str = "auto"
