@@ -199,6 +199,7 @@ def quick(tiny_llama: Path, calib: Path) -> Callable[..., ConvertOptions]:
         seqlen=32,
         learning_rate=1e-3,
         steps=4,
+        batch_size=8,
         val_every=2,
         max_shard_size="40kB",
         device="cpu",  # CUDA does not survive a fork
@@ -226,7 +227,7 @@ def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
     ) -> list[str]:
         quick = (
             "--group-size 32 --layer-steps 3 --nsamples 12 --seqlen 32 --lr 1e-3 --steps 4 "
-            "--val-every 2 --max-shard-size 40kB --device cpu"
+            "--batch-size 8 --val-every 2 --max-shard-size 40kB --device cpu"
         )
         places = ["--dataset", str(dataset), "--output-dir", str(folder / "out")]
         return [command, str(model), *quick.split(), *places, *map(str, more)]
