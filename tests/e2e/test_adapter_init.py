@@ -50,13 +50,13 @@ def test_killed_around_a_layer_or_the_first_validation_it_finishes_with_the_same
     hashes: Any,
     unbroken: Callable[..., list[str]],
 ) -> None:
-    points = unbroken(adapter_init=init)
+    points = unbroken(quantizer="gptq", adapter_init=init)
     expected = hashes(tmp_path / "whole" / "out")
     # Before and after layer 0 is committed, and before and after step 0 is.
     layers = [i for i, p in enumerate(points, 1) if p.startswith("layers:")][3:6]
     first = [i for i, p in enumerate(points, 1) if p.startswith("train:")][:2]
     for number in layers + first:
-        options = quick(tmp_path / str(number), adapter_init=init)
+        options = quick(tmp_path / str(number), quantizer="gptq", adapter_init=init)
         assert convert(options, at=number).code == -signal.SIGKILL
         ended = convert(options)
         assert ended.code == 0 and "warning" not in ended.err, ended.err
@@ -70,8 +70,8 @@ def test_a_damaged_start_is_found_and_made_again(
     hashes: Any,
     unbroken: Callable[..., list[str]],
 ) -> None:
-    points = unbroken(adapter_init="eora")
-    options = quick(tmp_path / "other", adapter_init="eora")
+    points = unbroken(quantizer="gptq", adapter_init="eora")
+    options = quick(tmp_path / "other", quantizer="gptq", adapter_init="eora")
     assert convert(options, at=points.index("train:written") + 1).code == -signal.SIGKILL
     path = options.work / "init-0001.safetensors"
     raw = bytearray(path.read_bytes())
@@ -103,7 +103,10 @@ def test_the_output_has_the_same_tensors_however_the_adapters_started(
 ) -> None:
     names = {}
     for init in ("zero", "eora"):
-        assert convert(quick(tmp_path / init, adapter_init=init, adapter="lora")).code == 0
+        assert (
+            convert(quick(tmp_path / init, quantizer="rtn", adapter_init=init, adapter="lora")).code
+            == 0
+        )
         shards = sorted((tmp_path / init / "out").glob("*.safetensors"))
         names[init] = [name for shard in shards for name in load_file(shard)]
     assert names["eora"] == names["zero"]
