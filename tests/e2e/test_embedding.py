@@ -51,7 +51,9 @@ def converted(
         if case not in sources:
             sources[case] = make_model(tmp_path_factory.mktemp("models"), model_type, **overrides)
         bits = ("--embed-bits", embed, "--head-bits", head)
-        ended = run_cli(*arguments(tmp_path, *bits, "--json", *more, model=sources[case]))
+        ended = run_cli(
+            *arguments(tmp_path, *bits, "--json", "--loss", "mse+ce", *more, model=sources[case])
+        )
         assert ended.code == 0, ended.err
         return sources[case], tmp_path / "out", json.loads(ended.out)
 
@@ -249,7 +251,7 @@ MOMENTS = [
     ("outer", "committed"),
     ("layers", "written"),
     ("layers", "committed"),
-    ("adapters", "committed"),
+    ("trained", "committed"),
 ]
 
 

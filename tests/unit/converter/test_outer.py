@@ -167,6 +167,7 @@ def test_a_student_computes_with_the_quantized_embedding_and_head(
         ),
         read_layer=lambda i: {n: t for n, t in state.items() if f".layers.{i}." in n},
         outer=(saved := quantize_outer(source, specs, CPU)),
+        train="none",
         adapters=None,
         tier=tier,  # type: ignore[arg-type]
         dtype=torch.float32,
@@ -180,7 +181,8 @@ def test_a_student_computes_with_the_quantized_embedding_and_head(
     assert isinstance(student.model.get_input_embeddings(), RilqEmbedding)  # type: ignore[operator]
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
-        final, found = student(tokens)
+        final = student.states(tokens)[1]
+        found = student.logits(final)
         expected = dense(tokens, output_hidden_states=True)
     torch.testing.assert_close(found, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(final, expected.hidden_states[-1], rtol=0, atol=1e-5)
