@@ -136,7 +136,7 @@ def test_the_first_layer_is_quantized_on_what_the_quantized_embedding_gives(
 
 
 def test_adapters_change_zero_points_of_the_decoder_only(converted: Run, tmp_path: Path) -> None:
-    _, out, _ = converted("tied")
+    _, out, _ = converted("tied", "--train", "adapters")
     trained = tensors_of(out)
     out.rename(tmp_path / "trained")
     _, out, _ = converted("tied", "--rank", 0)
