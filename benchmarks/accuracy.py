@@ -32,8 +32,6 @@ from typing import Any
 from accuracy_report import FULL, PLAIN, Result, Table, draw, read_table, save
 from accuracy_run import NotRun, llama_quantize_of, python_of, run
 
-from rilq.converter.adapters import learning_rate
-
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).resolve().parent / "peers"
 DEMO_MODEL = ROOT / "examples/demo/model"
@@ -53,11 +51,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "plain LoRA on clipped RTN, not merged": (
         "--quantizer", "rtn", "--clip", "search", "--adapter", "lora",
     ),
-    # On the rows of all others; the paper's rate was found at a width of 4096, so ours as well.
-    "the paper's recipe": ("--recipe", "paper", "--rows", "packed"),
-    "the paper's recipe, at the rate for this width": (
-        "--recipe", "paper", "--rows", "packed", "--lr", "{lr}",
-    ),
+    "the paper's recipe": ("--recipe", "paper", "--rows", "packed"),  # on the rows of all others
 }  # fmt: skip
 QUICK_OURS = (PLAIN, "fast", "default")
 
@@ -279,9 +273,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Run `rilq convert`; its stored bits with the adapter's, if one lies beside it."""
         command = [sys.executable, "-m", "rilq", "convert", self.args.model, *self.data()]
-        width = json.loads((self.args.model / "config.json").read_text())["hidden_size"]
-        chosen = [option.format(lr=learning_rate(width)) for option in options]
-        command += ["--seed", SEED, "--group-size", group_size, *self.more, *chosen]
+        command += ["--seed", SEED, "--group-size", group_size, *self.more, *options]
         finished = run([*command, "-o", out, "--json", "--quiet"], self.args.threads)
         said = json.loads((out / "rilq.json").read_text())
         if self.digest not in json.dumps(said):
