@@ -437,13 +437,13 @@ def analyze(
         list[str] | None, _option(_DATA, "Calibration text, as of convert. (default: c4)")
     ] = None,
     text_key: Annotated[str, _option(_DATA, "Key of the text in a record.")] = "text",
-    nsamples: Annotated[int, _option(_DATA, "Calibration rows.")] = 128,
+    nsamples: Annotated[int, _option(_DATA, "Calibration rows.")] = 96,
     seqlen: Annotated[int, _option(_DATA, "Tokens per row and per held-out window.")] = 256,
-    windows: Annotated[int, _option(_DATA, "Held-out windows at most, spread evenly.")] = 96,
+    windows: Annotated[int, _option(_DATA, "Held-out windows at most, spread evenly.")] = 64,
     seed: Annotated[
         int, _option(_DATA, "Of rows, their order, and the adapters.", min=0, max=2**32 - 1)
     ] = 42,
-    steps: Annotated[int, _option(_TRAIN, "Updates, of each layer and of the model.")] = 50,
+    steps: Annotated[int, _option(_TRAIN, "Updates, of each layer and of the model.")] = 30,
     batch_size: Annotated[int, _option(_TRAIN, "Rows per update.")] = 8,
     lr: Annotated[
         float | None, _option(_TRAIN, "Learning rate. (default: 1e-4 x 4096 / hidden size)")

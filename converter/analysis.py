@@ -43,10 +43,10 @@ class AnalyzeOptions:
     alpha: float = DEFAULT_ALPHA
     dataset: tuple[str, ...] = ("c4",)
     text_key: str = "text"
-    nsamples: int = 128
+    nsamples: int = 96
     seqlen: int = 256
-    windows: int = 96
-    steps: int = 50
+    windows: int = 64
+    steps: int = 30
     batch_size: int = 8
     learning_rate: float | None = None
     seed: int = 42
