@@ -206,7 +206,10 @@ def _convert_options(
     ] = None,
     scales_lr: Annotated[
         float | None,
-        _option(_TRAIN, "Of scales and minima, relative to their size. (default: 10 x --lr's)"),
+        _option(
+            _TRAIN,
+            "Of scales and minima, by size. (default: 1e-3 x 4096 / hidden size)",
+        ),
     ] = None,
     schedule: Annotated[
         str | None, _option(_TRAIN, "decay or constant learning rate. (default: decay)")

@@ -39,7 +39,13 @@ class Loss:
 
 
 class Model(Protocol):
-    """What a loss needs of the model in training; `Student` is one."""
+    """What a loss needs of the model in training; `Student` is one.
+
+    Attributes:
+        vocabulary: logits of each position.
+    """
+
+    vocabulary: int
 
     def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states `[rows, seq_len, hidden]` before and after the final norm."""
@@ -78,9 +84,7 @@ def _head_terms(model: Model, hidden: Tensor, target: Tensor, tokens: Tensor, lo
     # The last position of a row predicts no token of it.
     labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
     hidden, target = hidden.reshape(-1, width), target.reshape(-1, width)
-    with torch.no_grad():
-        vocabulary = model.logits(hidden[:1]).shape[-1]
-    size = max(1, LOGITS // vocabulary)
+    size = max(1, LOGITS // model.vocabulary)
 
     def chunk(hidden: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         logits = model.logits(hidden)
@@ -101,7 +105,7 @@ def _head_terms(model: Model, hidden: Tensor, target: Tensor, tokens: Tensor, lo
                 total = total + loss.kl * apart / (rows * length)
             if loss.target == "logits":
                 apart = (logits - wanted).square().sum()
-                total = total + loss.mse * apart / (rows * length * vocabulary)
+                total = total + loss.mse * apart / (rows * length * model.vocabulary)
         return total
 
     pieces = list(zip(hidden.split(size), target.split(size), labels.split(size), strict=True))

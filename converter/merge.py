@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rilq.converter.adapters import AdapterSpec, pooled_shift
+from rilq.converter.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
 
-LARGEST, SMALLEST = 65504.0, 2.0**-24  # of float16's positive numbers
 LARGEST_CHANGE = 8.0  # of a scale's logarithm: beyond it no training is sane, and exp overflows
 
 
@@ -68,6 +68,6 @@ def merged_grid(
         offset=trained.get("offset"),
         shift=shift,
     )
-    stored = exact_scale.clamp(SMALLEST, LARGEST).to(torch.float16)
+    stored = exact_scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
     zero = exact_zero * (exact_scale / stored.float())
-    return stored, zero.clamp(-LARGEST, LARGEST).to(torch.float16)
+    return stored, zero.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)

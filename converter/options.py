@@ -50,7 +50,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "quantizer": "rtn",
         "zero_point": "integer",
         "adapter": "lora",
-        "train": "adapters",
         "loss": "mse+ce",
         "learning_rate": 1e-4,
         "schedule": "constant",
@@ -133,13 +132,18 @@ class ConvertOptions:
     def of_recipe(cls, recipe: str, **given: Any) -> ConvertOptions:
         """A recipe's options, with what is `given` (and not None) in the place of its own.
 
+        With a rank of 0, or a plain LoRA, what is trained follows from that, as without a recipe.
+
         Raises:
             OptionError: no such recipe, or impossible values.
         """
         if recipe not in RECIPES:
             raise OptionError(f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
         chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(**{"recipe": recipe, **RECIPES[recipe], **chosen})
+        own = dict(RECIPES[recipe])
+        if chosen.get("rank") == 0 or chosen.get("adapter") == "lora":
+            own.pop("train", None)
+        return cls(**{"recipe": recipe, **own, **chosen})
 
     @property
     def trains(self) -> Train:

@@ -23,6 +23,7 @@ from rilq.converter.adapters import (
 from rilq.converter.alternatives import ROWS as GAIN_ROWS
 from rilq.converter.bit_choice import budget
 from rilq.converter.layers import StreamedModel
+from rilq.converter.loss import LOGITS
 from rilq.converter.machine import Machine, volume_of
 from rilq.converter.options import (
     DEFAULT_CLIP,
@@ -404,7 +405,8 @@ class _Sizes:
         if not choices.recompute:  # every input of an operation; float32 copies in the norms
             width = 16 * self.hidden + 6 * self.intermediate
         kept = self.layers * tokens * width * item
-        logits = 3 * tokens * self.vocabulary * 4
+        # Student's and teacher's in two forms each, and gradients; a chunk of positions at once.
+        logits = 8 * 4 * min(tokens * self.vocabulary, max(LOGITS, self.vocabulary))
         work = 3 * self.activations(choices.micro_batch, item)
         once = choices.student == "dense" and not self.trains_scales
         dequantized = 0 if once else (5 if self.trains_scales else 2) * 4 * self.largest_linear

@@ -311,6 +311,7 @@ class StreamingPass:
             parts = [rows[i : i + o.micro_batch] for i in range(0, len(rows), o.micro_batch)]
             return [(student.gather(part), wanted.gather(part)) for part in parts]
 
+        weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in specs}
         squares = self._squares(index, specs, student)
         with (
             _named(f"{self.streamed.prefix}.{index}"),
@@ -318,15 +319,14 @@ class StreamingPass:
         ):
             quantized = quantizer.quantize_layer(
                 LayerTask(
-                    {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in specs},
+                    weights,
                     specs,
                     squares,
                     run=partial(self.streamed.run, index),
                     batches=([(x.to(device), y.to(device)) for x, y in b] for b in batches),
                 )
             )
-        for name in specs:
-            weight = tensors[f"{name}.weight"].to(device, torch.float32)
+        for name, weight in weights.items():
             others.add(name, weight, specs[name], LsqQuantizer(), squares[name])
         return {
             n: t.cpu()

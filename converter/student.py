@@ -112,6 +112,7 @@ class Student(nn.Module):
     Attributes:
         trained: what is trained, float32, by `<full name of the linear>.<part>`: `a` and `b` of
             an adapter, `log_scale` and `offset` of a `TrainedLinear`.
+        vocabulary: logits of each position.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model = build_skeleton(config, dtype, quantization)
+        self.vocabulary = int(config.vocab_size)
         self.trained: dict[str, nn.Parameter] = {}
         prefix, layers = decoder_layers(self.model, config)
         for name, value in outer.items():

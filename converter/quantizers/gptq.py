@@ -9,11 +9,9 @@ from rilq.converter.options import Clip
 from rilq.converter.quantizers.grid import (
     LARGEST_WEIGHT,
     as_groups,
-    minmax_grid,
     nearest_codes,
-    search_grid,
 )
-from rilq.converter.quantizers.lsq import lsq_grid
+from rilq.converter.quantizers.lsq import start_grid
 from rilq.errors import OptionError, RilqError
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
@@ -114,13 +112,11 @@ class GptqQuantizer:
 
     def _grid(self, group: Tensor, spec: QuantSpec, diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero-point `[out, 1]` of one group `[out, 1, group_size]`."""
-        if self.clip == "none":
-            return minmax_grid(group, spec)
-        if self.clip == "search":
-            return search_grid(group, spec)
+        if self.clip != "lsq":
+            return start_grid(group, spec, self.clip)
         # An error at column j costs error^2 / U[j, j]^2 once later columns have made up for it.
         importance = diagonal.reciprocal().square()
-        return lsq_grid(group, spec, (importance / importance.mean())[None])
+        return start_grid(group, spec, self.clip, (importance / importance.mean())[None])
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

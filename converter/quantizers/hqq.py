@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rilq.converter.quantizers.grid import as_groups, encode, minmax_grid
+from rilq.converter.quantizers.grid import LARGEST_SCALE, as_groups, encode, minmax_grid
 from rilq.formats.spec import QuantizedLinear, QuantSpec
-
-LARGEST = 65504.0  # of float16
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class HqqQuantizer:
             zero = (codes - (steps - sparse)).mean(-1)
             if spec.zero_point == "integer":
                 zero = zero.round().clamp(0, spec.max_code)
-            stored = zero.clamp(-LARGEST, LARGEST).to(torch.float16).float()
+            stored = zero.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16).float()
             found = self._error(steps, stored, spec)
             best = torch.where(found < least, stored, best)
             least = torch.minimum(found, least)

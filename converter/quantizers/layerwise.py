@@ -22,10 +22,8 @@ from rilq.converter.quantizers.grid import (
     as_groups,
     encode,
     grid_of_range,
-    minmax_grid,
-    search_grid,
 )
-from rilq.converter.quantizers.lsq import group_importance, lsq_grid
+from rilq.converter.quantizers.lsq import group_importance, start_grid
 from rilq.errors import RilqError
 from rilq.formats.packing import dequantize
 from rilq.formats.spec import QuantizedLinear, QuantSpec
@@ -193,11 +191,7 @@ class LearnedWeight(nn.Module):
         super().__init__()
         self.spec = spec
         groups = as_groups(weight, spec).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
-        if clip == "none":
-            scale, zero_point = minmax_grid(groups, spec)
-        else:
-            find = search_grid if clip == "search" else lsq_grid
-            scale, zero_point = find(groups, spec, group_importance(squares, groups))
+        scale, zero_point = start_grid(groups, spec, clip, group_importance(squares, groups))
         self.weight, self.scale = groups, scale.float()
         self.low = -self.scale * zero_point.float()
 
@@ -250,7 +244,7 @@ class LearnedCodes(LearnedWeight):
     """
 
     # What an element can move in all, in steps (weights, minima) or as a factor (scales), is about
-    # half of `peak * updates`. Found on the shared small models, see docs/recipes.md.
+    # half of `peak * updates`. Found on models of 0.3 and 1.4 million weights: docs/recipes.md.
     WEIGHT_PATH, GRID_PATH = 5.0, 2.0
 
     def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rilq.converter.options import Clip
 from rilq.converter.quantizers.grid import (
     LARGEST_WEIGHT,
     as_groups,
@@ -12,6 +13,7 @@ from rilq.converter.quantizers.grid import (
     grid_of_range,
     minmax_grid,
     row_chunks,
+    search_grid,
     squared_error,
 )
 from rilq.formats.spec import QuantizedLinear, QuantSpec
@@ -75,6 +77,23 @@ class LsqQuantizer:
         groups = as_groups(weight, spec)
         scale, zero_point = lsq_grid(groups, spec, group_importance(prepared, groups))
         return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)
+
+
+def start_grid(
+    groups: Tensor, spec: QuantSpec, clip: Clip, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The grid that `clip` names: of the extremes, searched, or by least squares.
+
+    Args:
+        groups: `[out_features, groups, group_size]` float32, finite.
+        importance: see `lsq_grid`; the extremes do not depend on it.
+
+    Returns:
+        As of `grid.minmax_grid`.
+    """
+    if clip == "none":
+        return minmax_grid(groups, spec)
+    return (search_grid if clip == "search" else lsq_grid)(groups, spec, importance)
 
 
 def group_importance(squares: Tensor, groups: Tensor) -> Tensor | None:

@@ -1,20 +1,13 @@
 """Round to nearest: each group by itself, no data. Plain, it is the zero of every gap figure."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from rilq.converter.options import Clip
-from rilq.converter.quantizers.grid import as_groups, encode, minmax_grid, search_grid
-from rilq.converter.quantizers.lsq import lsq_grid
+from rilq.converter.quantizers.grid import as_groups, encode
+from rilq.converter.quantizers.lsq import start_grid
 from rilq.formats.spec import QuantizedLinear, QuantSpec
-
-GRIDS: dict[Clip, Callable[[Tensor, QuantSpec], tuple[Tensor, Tensor]]] = {
-    "none": minmax_grid,
-    "search": search_grid,
-    "lsq": lsq_grid,
-}
 
 
 @dataclass(frozen=True)
@@ -40,5 +33,5 @@ class RtnQuantizer:
     ) -> QuantizedLinear:
         """Quantize one weight matrix; see `Quantizer`."""
         groups = as_groups(weight, spec)
-        scale, zero_point = GRIDS[self.clip](groups, spec)
+        scale, zero_point = start_grid(groups, spec, self.clip)
         return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.quantizers.grid import as_groups, encode, minmax_grid, squared_error
-from rilq.converter.quantizers.lsq import group_importance, lsq_grid
-from rilq.converter.quantizers.rtn import GRIDS
+from rilq.converter.quantizers.lsq import group_importance, lsq_grid, start_grid
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
 SPECS = [QuantSpec(bits, 32, zero) for bits in (2, 3, 4, 8) for zero in ("real", "integer")]
@@ -92,7 +91,7 @@ def test_weighted_error_is_below_that_of_the_clip_search() -> None:
     diagonal = correlated_hessian(128).diagonal().diag()
     groups = as_groups(weight, spec)
     importance = group_importance(diagonal.diagonal(), groups)
-    grid = GRIDS["search"](groups, spec, importance)  # type: ignore[call-arg]
+    grid = start_grid(groups, spec, "search", importance)
     searched = QuantizedLinear(encode(groups, *grid, spec), *grid, spec)
     fitted = quantized(build_quantizer("lsq"), weight, spec, diagonal)
     assert proxy_loss(weight, fitted, diagonal) < 0.95 * proxy_loss(weight, searched, diagonal)

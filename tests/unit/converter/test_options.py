@@ -68,6 +68,16 @@ def test_what_is_given_goes_before_the_recipe_and_what_is_none_does_not() -> Non
     assert (made.rows, made.learning_rate) == ("documents", 1e-4)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("given", "trains"), [({"rank": 0}, "none"), ({"adapter": "lora"}, "adapters")]
+)
+def test_a_rank_of_zero_or_a_plain_lora_decide_what_any_recipe_trains(
+    recipe: str, given: dict[str, Any], trains: str
+) -> None:
+    assert ConvertOptions.of_recipe(recipe, model="some/model", **given).trains == trains
+
+
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         OptionError, match="--recipe slow: expected one of fast, default, best, pap"
