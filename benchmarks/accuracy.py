@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,9 @@ class Bench:
                 f"load {os.getloadavg()[0]:.1f} at the start",
                 "versions": f"python {platform.python_version()}, torch {version('torch')}, "
                 f"transformers {version('transformers')}, rilq {version('rilq')}",
+                "date": date.today().isoformat(),
+                # What was not, is from an earlier run of which nothing but its results is kept.
+                "measured in this run": ", ".join(args.only or ["all"]),
                 "convert options": " ".join(more),
                 "seed": SEED,
             },

@@ -1,7 +1,8 @@
-"""The control: the full-precision decoder linears, trained on the same rows with the same loss.
+"""The control: the full-precision decoder linears, trained on the same rows with the paper's loss.
 
-Nothing is quantized, so whatever this gains on the calibration text's own domain is what training
-on that text buys, and what it loses on another text is the price.
+Half of that is the cross-entropy of the calibration text (`kl` alone, to the model itself, has
+nothing to gain). Nothing is quantized, so whatever this gains on the calibration text's own domain
+is what training on that text buys, and what it loses on another text is the price.
 """
 
 import copy
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rilq.converter.train import learning_rate_at, rilq_loss, row_order
+from rilq.converter.loss import Loss, discrepancy
+from rilq.converter.train import learning_rate_at, row_order
 
-BATCH, VALIDATE_EVERY, VALIDATION_SHARE, SEED = 8, 25, 0.2, 42  # as `rilq convert` does it
+BATCH, VALIDATE_EVERY, VALIDATION_SHARE, SEED = 8, 25, 0.2, 42  # as `--recipe paper` does it
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     for step in range(args.steps):
         batch = training[[next(order) for _ in range(BATCH)]]
         for group in adam.param_groups:
-            group["lr"] = learning_rate_at(step, args.steps, args.learning_rate)
+            group["lr"] = args.learning_rate * learning_rate_at(step, args.steps)
         adam.zero_grad()
         loss_on(model, teacher, batch).backward()
         adam.step()
@@ -54,12 +56,27 @@ def main() -> None:
     )
 
 
+class Whole:
+    """A causal language model as rilq's loss sees one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.vocabulary = model, model.config.vocab_size
+
+    def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states after the norm, twice: nothing here looks at those before it."""
+        hidden = self.model.model(tokens).last_hidden_state
+        return hidden, hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits `[..., vocabulary]`."""
+        return self.model.lm_head(hidden).float()
+
+
 def loss_on(model: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
     """RILQ's loss of a batch `[rows, seq_len]` against the untrained model's final states."""
     with torch.no_grad():
         target = teacher.model(tokens).last_hidden_state
-    hidden = model.model(tokens).last_hidden_state
-    return rilq_loss(hidden, model.lm_head(hidden).float(), target, tokens)
+    return discrepancy(Whole(model), tokens, target, Loss())
 
 
 @torch.no_grad()
