@@ -571,6 +571,8 @@ def _choose(
     # is still faster, so the order of `tries` is that of speed.
     fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
     chosen = fitting[0] if fitting else tries[-1]
+    if chosen.student == "packed":  # asked for, or needed, to save memory
+        return chosen
     whole = replace(chosen, recompute=False)
     return whole if sizes.train_bytes(item, whole) + FIXED <= 0.4 * free else chosen
 
