@@ -280,6 +280,29 @@ def _check(options: ConvertOptions) -> None:
     for key, low in least.items():
         if getattr(o, key) is not None and getattr(o, key) < low:
             problems.append(f"{flag(key)} {getattr(o, key)}: expected at least {low}")
+    if o.clip is not None and o.quantizer in OWN_GRID:
+        problems.append(f"--clip {o.clip}: --quantizer {o.quantizer} finds its own grid")
+    if not 0 < o.val_ratio < 1:
+        problems.append(f"--val-ratio {o.val_ratio}: expected between 0 and 1")
+    if not 0 < o.alpha < float("inf"):
+        problems.append(f"--alpha {o.alpha}: expected a positive number")
+    for key in ("learning_rate", "scales_learning_rate"):
+        if (rate := getattr(o, key)) is not None and not 0 < rate < float("inf"):
+            problems.append(f"{flag(key)} {rate}: expected a positive number")
+    if not o.dataset:
+        problems.append("--dataset: expected at least one")
+    if "lm_head" in o.skip and o.head_bits in OUTER_BITS[1:]:
+        problems.append(f"--skip lm_head, --head-bits {o.head_bits}: give one of them")
+    for pattern, bits in o.bits_for:
+        if bits not in BITS:
+            problems.append(f"--bits-for {pattern}={bits}: expected one of {BITS}")
+    problems += _training_problems(o) + _average_problems(o)
+    if problems:
+        raise OptionError("\n".join(problems))
+
+
+def _training_problems(o: ConvertOptions) -> list[str]:
+    problems = []
     if o.rank == 0 and o.train in ("adapters", "adapters+scales"):
         problems.append(f"--train {o.train}: adapters of --rank 0 are none; expected 1 or more")
     if o.adapter == "lora" and o.train not in (None, "none", "adapters"):
@@ -287,8 +310,6 @@ def _check(options: ConvertOptions) -> None:
             f"--train {o.train}: a plain LoRA stays beside a base that does not change\n"
             "  use --train adapters, or --adapter pooled"
         )
-    if o.clip is not None and o.quantizer in OWN_GRID:
-        problems.append(f"--clip {o.clip}: --quantizer {o.quantizer} finds its own grid")
     try:
         terms = o.loss_weights
         if o.target == "pre-norm" and "kl" in terms:
@@ -311,23 +332,7 @@ def _check(options: ConvertOptions) -> None:
             f"--quantizer {o.quantizer} trains the weights before\n"
             "  use --quantizer rtn, hqq, lsq or gptq"
         )
-    if not 0 < o.val_ratio < 1:
-        problems.append(f"--val-ratio {o.val_ratio}: expected between 0 and 1")
-    if not 0 < o.alpha < float("inf"):
-        problems.append(f"--alpha {o.alpha}: expected a positive number")
-    for key in ("learning_rate", "scales_learning_rate"):
-        if (rate := getattr(o, key)) is not None and not 0 < rate < float("inf"):
-            problems.append(f"{flag(key)} {rate}: expected a positive number")
-    if not o.dataset:
-        problems.append("--dataset: expected at least one")
-    if "lm_head" in o.skip and o.head_bits in OUTER_BITS[1:]:
-        problems.append(f"--skip lm_head, --head-bits {o.head_bits}: give one of them")
-    for pattern, bits in o.bits_for:
-        if bits not in BITS:
-            problems.append(f"--bits-for {pattern}={bits}: expected one of {BITS}")
-    problems += _average_problems(o)
-    if problems:
-        raise OptionError("\n".join(problems))
+    return problems
 
 
 def _average_problems(o: ConvertOptions) -> list[str]:
