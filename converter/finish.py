@@ -15,7 +15,7 @@ from torch import Tensor
 from rilq.converter import workdir
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.alternatives import alternative_file
-from rilq.converter.merge import merged_grid
+from rilq.converter.merge import merged_codes, merged_grid
 from rilq.converter.outer import SOURCE_FILE, saved_outer
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
@@ -35,7 +35,9 @@ from rilq.formats.writer import (
 )
 from rilq.progress import Reporter
 
-_GRID = ("weight_scale", "zero_point")  # the tensors of a linear that training changes
+# The tensors of a linear that training changes; the codes only where they were trained too.
+_GRID = ("weight_scale", "zero_point")
+_CODES = "weight"
 
 
 class QuantizedParts:
@@ -98,9 +100,10 @@ class QuantizedParts:
     def tensor(self, name: str) -> Tensor:
         """One tensor, as it is stored in the output."""
         linear, _, part = name.rpartition(".")
-        if linear in self._trained and part in _GRID:
-            grid = {key: self._stored(key) for key in (f"{linear}.{p}" for p in _GRID)}
-            return self._merged(linear, grid)[name]
+        for parts in (_GRID, (_CODES,)):
+            if linear in self._trained and part in parts:
+                stored = {key: self._stored(key) for key in (f"{linear}.{p}" for p in parts)}
+                return self._merged(linear, stored)[name]
         return self._stored(name)
 
     def _stored(self, name: str) -> Tensor:
@@ -109,9 +112,17 @@ class QuantizedParts:
             return value
 
     def _merged(self, linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        keys = [f"{linear}.{part}" for part in _GRID]
-        grid = merged_grid(tensors[keys[0]], tensors[keys[1]], self._trained[linear], self.spec)
-        return dict(zip(keys, grid, strict=True))
+        """Those of the linear's `tensors` that training changes; all of a grid, or none."""
+        trained, merged = self._trained[linear], {}
+        codes, (scale, zero_point) = f"{linear}.{_CODES}", (f"{linear}.{part}" for part in _GRID)
+        if codes in tensors:
+            words = tensors[codes]
+            shift = trained.get("code_shift")
+            merged[codes] = words if shift is None else merged_codes(words, shift)
+        if scale in tensors:
+            grid = merged_grid(tensors[scale], tensors[zero_point], trained, self.spec)
+            merged[scale], merged[zero_point] = grid
+        return merged
 
 
 def write_output(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rilq.converter.adapters import AdapterSpec, pooled_shift
 from rilq.converter.quantizers.grid import LARGEST_SCALE, SMALLEST_SCALE
+from rilq.formats.packing import WORD, pack, stored_codes
 
 LARGEST_CHANGE = 8.0  # of a scale's logarithm: beyond it no training is sane, and exp overflows
 
@@ -44,7 +45,7 @@ def merged_grid(
     trained: Mapping[str, Tensor],
     spec: AdapterSpec | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point that hold what was trained; the codes stay as they are.
+    """Scale and zero-point that hold what was trained of them.
 
     Storing them in float16 is the only rounding; the minimum is kept by the zero-point, which is
     computed for the rounded scale.
@@ -71,3 +72,18 @@ def merged_grid(
     stored = exact_scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
     zero = exact_zero * (exact_scale / stored.float())
     return stored, zero.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)
+
+
+def merged_codes(words: Tensor, shift: Tensor) -> Tensor:
+    """The packed codes nearest to real-valued ones that training moved by `shift`.
+
+    Args:
+        words: as stored, `[out_features, in_features * bits / 32]` int32.
+        shift: `[out_features, in_features]` float32, in codes.
+
+    Returns:
+        As `words`.
+    """
+    bits = words.shape[1] * WORD // shift.shape[1]
+    moved = (stored_codes(words, bits) + shift).clamp(0, 2**bits - 1).round()
+    return pack(moved.to(torch.uint8), bits)

@@ -17,7 +17,7 @@ AdapterKind = Literal["pooled", "lora"]
 AdapterInit = Literal["zero", "loftq", "eora"]
 Clip = Literal["none", "search", "lsq"]
 Tier = Literal["dense", "packed"]
-Train = Literal["none", "adapters", "scales", "adapters+scales", "all"]
+Train = Literal["none", "adapters", "scales", "adapters+scales", "all", "all+codes"]
 Target = Literal["post-norm", "pre-norm", "logits"]
 Schedule = Literal["decay", "constant"]
 # Every quantizer, and the grid that it starts from where none is asked for.
@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "best": {
         "layer_steps": 250,
-        "train": "all",
+        "train": "all+codes",
         "steps": 600,
         "batch_size": 4,
         "val_every": 100,
@@ -256,7 +256,7 @@ def _check(options: ConvertOptions) -> None:
         "zero_point": ("real", "integer"),
         "rows": ("packed", "documents"),
         "adapter": ("pooled", "lora"),
-        "train": (None, "none", "adapters", "scales", "adapters+scales", "all"),
+        "train": (None, "none", "adapters", "scales", "adapters+scales", "all", "all+codes"),
         "target": ("post-norm", "pre-norm", "logits"),
         "schedule": ("decay", "constant"),
         "adapter_init": ("zero", "loftq", "eora"),

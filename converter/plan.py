@@ -291,6 +291,7 @@ class _Sizes:
     output_bytes: int
     trained_values: int
     trains_scales: bool
+    trains_codes: bool
     rows: int
     seqlen: int
     hessians: bool
@@ -339,7 +340,8 @@ class _Sizes:
                 tensors[n].nbytes for names in (outer, *layers) for n in names if n not in weights
             ),
             trained_values=sum(_trained_values(p, options, adapters) for p in quantized),
-            trains_scales=options.trains in ("scales", "adapters+scales", "all"),
+            trains_scales=options.trains in ("scales", "adapters+scales", "all", "all+codes"),
+            trains_codes=options.trains == "all+codes",
             rows=rows,
             seqlen=seqlen,
             hessians=options.quantizer in ("gptq", "lsq") or options.adapter_init == "eora",
@@ -395,7 +397,8 @@ class _Sizes:
     def train_bytes(self, item: int, choices: Choices) -> int:
         """Weights, what is trained with Adam and the best copy, activations, logits."""
         weights = self.output_bytes + self.packed_head * item
-        if choices.student == "dense" and self.trains_scales:  # a byte for each code
+        if self.trains_codes or (choices.student == "dense" and self.trains_scales):
+            # A byte for each code; where codes are trained, three float32 values for each.
             weights += self.quantized_weights + 3 * 4 * self.trained_values
         elif choices.student == "dense":
             weights = self.outer_values * item + self.layers * self.layer_values * item
@@ -437,6 +440,7 @@ def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: Adapt
         "scales": grid,
         "adapters+scales": of_adapter + grid,
         "all": 2 * grid,
+        "all+codes": 2 * grid + out * width,
     }[options.trains]
 
 

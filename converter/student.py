@@ -1,4 +1,4 @@
-"""The quantized model to train: 2-bit linears whose codes are frozen, whole in memory.
+"""The quantized model to train: 2-bit linears, whole in memory.
 
 Two tiers hold the same weights: `packed` keeps the packed codes and dequantizes in every forward
 and backward pass; `dense` dequantizes them once or, where scales are trained, keeps a byte for each
@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,6 +21,7 @@ from rilq.converter.architecture import build_skeleton, decoder_layers
 from rilq.converter.layers import place_buffers, place_tensor
 from rilq.converter.merge import trained_grid
 from rilq.converter.options import Tier, Train
+from rilq.converter.quantizers.layerwise import round_through
 from rilq.formats.native import RilqConfig, RilqLinear, packed_linear
 from rilq.formats.packing import stored_codes
 
@@ -48,21 +50,33 @@ class TrainedLinear(nn.Module):
     Attributes:
         log_scale: `t`, `[out_features, groups]` float32.
         offset: `d`, alike, in steps of the stored scale; None with an adapter or a fixed minimum.
+        code_shift: what moves each code before it is rounded, `[out_features, in_features]`
+            float32, straight-through; None where codes are frozen.
         adapter: a pooled one, or None.
     """
 
     def __init__(
-        self, module: RilqLinear, *, offsets: bool, adapter: Adapter | None, tier: Tier
+        self,
+        module: RilqLinear,
+        *,
+        offsets: bool,
+        trains_codes: bool,
+        adapter: Adapter | None,
+        tier: Tier,
     ) -> None:
         super().__init__()
         self.bits, self.bias = module.bits, module.bias
-        codes = module.weight if tier == "packed" else stored_codes(module.weight, module.bits)
+        packed = tier == "packed" and not trains_codes
+        codes = module.weight if packed else stored_codes(module.weight, module.bits)
         self.register_buffer("codes", codes.detach())
         self.register_buffer("scale", module.weight_scale.float())
         self.register_buffer("zero_point", module.zero_point.float())
         zeros = torch.zeros_like(module.weight_scale, dtype=torch.float32)
         self.log_scale = nn.Parameter(zeros)
         self.offset = nn.Parameter(zeros.clone()) if offsets else None
+        self.code_shift = (
+            nn.Parameter(torch.zeros_like(codes, dtype=torch.float32)) if trains_codes else None
+        )
         self.adapter = adapter
 
     codes: Tensor
@@ -78,7 +92,13 @@ class TrainedLinear(nn.Module):
             offset=self.offset,
             shift=self.adapter.shift() if self.adapter else None,
         )
-        return packed_linear(x, self.codes, scale, zero_point, self.bias, self.bits)
+        if self.code_shift is None:
+            return packed_linear(x, self.codes, scale, zero_point, self.bias, self.bits)
+        codes = round_through((self.codes + self.code_shift).clamp(0, 2**self.bits - 1))
+        groups = codes.unflatten(1, (scale.shape[1], -1))
+        weight = (groups - zero_point[..., None]) * scale[..., None]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, weight.flatten(1).to(x.dtype), bias)
 
 
 class _Given(nn.Module):
@@ -111,7 +131,7 @@ class Student(nn.Module):
 
     Attributes:
         trained: what is trained, float32, by `<full name of the linear>.<part>`: `a` and `b` of
-            an adapter, `log_scale` and `offset` of a `TrainedLinear`.
+            an adapter, `log_scale`, `offset` and `code_shift` of a `TrainedLinear`.
         vocabulary: logits of each position.
     """
 
@@ -182,10 +202,18 @@ class Student(nn.Module):
         if train in ("none", "adapters"):
             base = module if tier == "packed" else _dense(module, dtype)
             return base if adapter is None else AdaptedLinear(base, adapter)
-        linear = TrainedLinear(module, offsets=train == "all", adapter=adapter, tier=tier)
+        linear = TrainedLinear(
+            module,
+            offsets=train in ("all", "all+codes"),
+            trains_codes=train == "all+codes",
+            adapter=adapter,
+            tier=tier,
+        )
         self.trained[f"{name}.log_scale"] = linear.log_scale
         if linear.offset is not None:
             self.trained[f"{name}.offset"] = linear.offset
+        if linear.code_shift is not None:
+            self.trained[f"{name}.code_shift"] = linear.code_shift
         return linear
 
     def _keep_output(

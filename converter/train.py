@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from rilq.calib.activations import ActivationStore, prefetch
 from rilq.converter.loss import Loss, discrepancy
 from rilq.converter.options import Schedule
+from rilq.converter.quantizers.layerwise import rate_of
 from rilq.converter.student import Student
 from rilq.errors import RilqError
 from rilq.progress import Reporter
 
 MAX_BAD_STEPS = 3
+CODES_PATH = 6.0  # peak rate of codes times updates: docs/recipes.md
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,15 @@ class Trainer:
         self.device = next(iter(self.parameters.values())).device
         adapters: list[nn.Parameter] = []
         scales: list[nn.Parameter] = []
+        codes: list[nn.Parameter] = []
+        kinds = {"a": adapters, "b": adapters, "code_shift": codes}
         for name, parameter in self.parameters.items():
-            (adapters if name.endswith((".a", ".b")) else scales).append(parameter)
-        rates = ((adapters, options.learning_rate), (scales, options.scales_learning_rate))
+            kinds.get(name.rpartition(".")[2], scales).append(parameter)
+        rates = (
+            (adapters, options.learning_rate),
+            (scales, options.scales_learning_rate),
+            (codes, rate_of(CODES_PATH, options.steps)),
+        )
         self.optimizer = torch.optim.Adam(
             [{"params": part, "peak": rate} for part, rate in rates if part], foreach=True
         )

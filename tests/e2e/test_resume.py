@@ -154,7 +154,7 @@ def test_killed_at_every_commit_point_it_finishes_with_the_same_bytes(
     [
         {"quantizer": "lwc", "train": "scales"},
         {"quantizer": "signround", "train": "all"},
-        {"quantizer": "blockap", "train": "all", "layer_steps": 20},
+        {"quantizer": "blockap", "train": "all+codes", "layer_steps": 20},
         {"quantizer": "hqq", "adapter": "lora", "rank": 4, "loss": "mse+ce"},
         {"quantizer": "gptq", "target": "pre-norm", "loss": "mse", "schedule": "constant"},
     ],

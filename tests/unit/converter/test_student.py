@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from rilq.converter import loss as loss_module
 from rilq.converter.adapters import Adapter, AdapterSpec, learning_rate
 from rilq.converter.loss import Loss, discrepancy
-from rilq.converter.merge import merged_grid
+from rilq.converter.merge import merged_codes, merged_grid
 from rilq.converter.options import Train
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.student import AdaptedLinear, Student
 from rilq.formats.native import RilqConfig, native_tensors
+from rilq.formats.packing import pack, unpack
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
 CPU = torch.device("cpu")
@@ -126,7 +127,11 @@ class Written(nn.Module):
         if "a" in leaves:
             pool = spread if self.spec.kind == "pooled" else torch.eye(x.shape[-1])
             moved = moved + self.spec.scaling * leaves["b"] @ leaves["a"] @ pool
-        return x @ (scale * factor * (self.linear.codes - zero) + moved).T
+        codes = self.linear.codes.float()
+        if "code_shift" in leaves:  # rounded, with the gradient of what is not
+            codes = (codes + leaves["code_shift"]).clamp(0, 3)
+            codes = codes + (codes.round() - codes).detach()
+        return x @ (scale * factor * (codes - zero) + moved).T
 
 
 def reference_gradients(
@@ -156,6 +161,7 @@ WAYS: list[tuple[str, Train, int]] = [  # kind of adapter, what is trained, part
     ("pooled", "scales", 1),
     ("pooled", "adapters+scales", 3),
     ("pooled", "all", 2),
+    ("pooled", "all+codes", 3),
 ]
 
 
@@ -190,7 +196,7 @@ def test_a_fresh_adapter_changes_nothing(
         assert torch.equal(plain(batch[0]), adapted(batch[0]))
 
 
-@pytest.mark.parametrize("train", ["adapters", "scales", "adapters+scales", "all"])
+@pytest.mark.parametrize("train", ["adapters", "scales", "adapters+scales", "all", "all+codes"])
 @pytest.mark.parametrize("rank", [1, 2, 16], ids=["rank 1", "rank of the groups", "above it"])
 def test_merged_logits_equal_unmerged_ones_to_float16_rounding(
     rank: int,
@@ -209,7 +215,12 @@ def test_merged_logits_equal_unmerged_ones_to_float16_rounding(
             n.removeprefix(start): p.data for n, p in student.trained.items() if n.startswith(start)
         }
         grid = merged_grid(linear.scale, linear.zero_point, trained, spec)
-        merged[name] = QuantizedLinear(linear.codes, *grid, linear.spec)
+        codes = linear.codes
+        if "code_shift" in trained:
+            words = merged_codes(pack(codes, 2), trained["code_shift"])
+            codes = unpack(words, 2, codes.shape[1])
+            assert 0 < (codes != linear.codes).float().mean() < 0.1
+        merged[name] = QuantizedLinear(codes, *grid, linear.spec)
     with torch.no_grad():
         before, base, after = (
             model(batch[0])
@@ -218,6 +229,16 @@ def test_merged_logits_equal_unmerged_ones_to_float16_rounding(
     change = (before - base).abs().max()
     assert change > 0.1, "what is trained does too little for a test"
     assert (after - before).abs().max() < 0.01 * change
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_merged_codes_are_the_nearest_to_the_moved_ones(bits: int) -> None:
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (4, 64), generator=draw).to(torch.uint8)
+    shift = 2 * torch.randn(4, 64, generator=draw)
+    found = unpack(merged_codes(pack(codes, bits), shift), bits, 64)
+    for code, by, new in zip(*(t.flatten().tolist() for t in (codes, shift, found)), strict=True):
+        assert new == min(range(2**bits), key=lambda n: abs(n - (code + by)))
 
 
 def test_merging_stays_finite_and_positive() -> None:
@@ -264,7 +285,7 @@ def test_every_linear_of_every_layer_has_an_adapter(make_student: Callable[..., 
     assert len(adapted) == len(adapters_of(student)) == 2 * 7
 
 
-@pytest.mark.parametrize("train", ["adapters", "scales", "adapters+scales", "all"])
+@pytest.mark.parametrize("train", ["adapters", "scales", "adapters+scales", "all", "all+codes"])
 def test_nothing_else_is_trained(train: Train, make_student: Callable[..., Student]) -> None:
     student = make_student("dense", POOLED, train=train)
     trained = {id(p) for p in student.parameters() if p.requires_grad}
