@@ -255,7 +255,8 @@ def check_fits(plan: Plan, machine: Machine) -> None:
         if needed > free:
             raise OptionError(
                 f"{what}: {gigabytes(needed)} needed, {gigabytes(free)} free\n"
-                "  lower --seqlen or --batch-size, use --student packed, or --rank 0"
+                "  lower --seqlen or --batch-size, use --student packed, or train less "
+                "(--train scales, or --rank 0)"
             )
 
 
