@@ -35,9 +35,7 @@ from rilq.formats.writer import (
 )
 from rilq.progress import Reporter
 
-# The tensors of a linear that training changes; the codes only where they were trained too.
-_GRID = ("weight_scale", "zero_point")
-_CODES = "weight"
+_GRID = ("weight_scale", "zero_point")  # the tensors of a linear that any training changes
 
 
 class QuantizedParts:
@@ -94,16 +92,19 @@ class QuantizedParts:
             if self._file_of[name] != self.files[index + 1]:
                 tensors[name] = self._stored(name)
         for linear in {name.rpartition(".")[0] for name in tensors} & self._trained.keys():
-            tensors |= self._merged(linear, tensors)
+            tensors |= self._merged_grid(linear, tensors)
+            codes = f"{linear}.weight"
+            tensors[codes] = self._merged_codes(linear, tensors[codes])
         return tensors
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, as it is stored in the output."""
         linear, _, part = name.rpartition(".")
-        for parts in (_GRID, (_CODES,)):
-            if linear in self._trained and part in parts:
-                stored = {key: self._stored(key) for key in (f"{linear}.{p}" for p in parts)}
-                return self._merged(linear, stored)[name]
+        if linear in self._trained and part in _GRID:
+            grid = {key: self._stored(key) for key in (f"{linear}.{p}" for p in _GRID)}
+            return self._merged_grid(linear, grid)[name]
+        if linear in self._trained and part == "weight":
+            return self._merged_codes(linear, self._stored(name))
         return self._stored(name)
 
     def _stored(self, name: str) -> Tensor:
@@ -111,18 +112,14 @@ class QuantizedParts:
             value: Tensor = file.get_tensor(name)
             return value
 
-    def _merged(self, linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the linear's `tensors` that training changes; all of a grid, or none."""
-        trained, merged = self._trained[linear], {}
-        codes, (scale, zero_point) = f"{linear}.{_CODES}", (f"{linear}.{part}" for part in _GRID)
-        if codes in tensors:
-            words = tensors[codes]
-            shift = trained.get("code_shift")
-            merged[codes] = words if shift is None else merged_codes(words, shift)
-        if scale in tensors:
-            grid = merged_grid(tensors[scale], tensors[zero_point], trained, self.spec)
-            merged[scale], merged[zero_point] = grid
-        return merged
+    def _merged_grid(self, linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        keys = [f"{linear}.{part}" for part in _GRID]
+        grid = merged_grid(tensors[keys[0]], tensors[keys[1]], self._trained[linear], self.spec)
+        return dict(zip(keys, grid, strict=True))
+
+    def _merged_codes(self, linear: str, words: Tensor) -> Tensor:
+        shift = self._trained[linear].get("code_shift")
+        return words if shift is None else merged_codes(words, shift)
 
 
 def write_output(

@@ -2,7 +2,7 @@
 
 Two tiers hold the same weights: `packed` keeps the packed codes and dequantizes in every forward
 and backward pass; `dense` dequantizes them once or, where scales are trained, keeps a byte for each
-code. Their losses and gradients agree to float rounding.
+code; so do both where codes are trained. Their losses and gradients agree to float rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,8 +43,9 @@ class TrainedLinear(nn.Module):
     """A quantized linear whose scales are trained, with what moves its minima.
 
     `W = s * (e^t * (code - zero_point) + d) + c * B A`: stored scale `s` and zero-point, trained
-    `t` and, without an adapter, `d`; or a pooled adapter's `c * B A`. Every term is one value per
-    group, so that all of it merges into scale and zero-point (merge.py). `t` and `d` start at zero
+    `t` and, without an adapter, `d`; or a pooled adapter's `c * B A`. Each of these is one value
+    per group, so that all of it merges into scale and zero-point (merge.py). Codes that are trained
+    are rounded in every forward pass, and merge into new codes. `t` and `d` start at zero
     and have no unit, so one learning rate serves weights of any size.
 
     Attributes:
