@@ -73,6 +73,21 @@ def trainer(tokens: Tensor, targets: ActivationStore, **changes: float) -> Train
     return Trainer(student, tokens, targets, validation=4, options=options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("steps", "rate"), [(12, 6 / 40), (600, 6 / 600)])
+def test_each_kind_of_what_is_trained_has_its_rate(
+    steps: int, rate: float, tokens: Tensor, targets: ActivationStore
+) -> None:
+    student = OneLinear()
+    for part in ("log_scale", "offset", "code_shift"):
+        student.trained[f"linear.{part}"] = nn.Parameter(torch.zeros(1))
+    options = TrainOptions(learning_rate=0.02, scales_learning_rate=0.003, steps=steps)
+    train = Trainer(student, tokens, targets, validation=4, options=options)  # type: ignore[arg-type]
+    peaks = {id(p): g["peak"] for g in train.optimizer.param_groups for p in g["params"]}
+    found = {name.rpartition(".")[2]: peaks[id(p)] for name, p in student.trained.items()}
+    scales = {"log_scale": 0.003, "offset": 0.003}
+    assert found == {"a": 0.02, "b": 0.02, **scales, "code_shift": pytest.approx(rate)}
+
+
 def run(train: Trainer) -> list[dict[str, Tensor]]:
     states: list[dict[str, Tensor]] = []
     train.run(
