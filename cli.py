@@ -184,8 +184,8 @@ def _convert_options(
         str | None,
         _option(
             _TRAIN,
-            "none, adapters, scales, adapters+scales, or all (scales and minima, full rank). "
-            "(default: adapters+scales; adapters for lora)",
+            "none, adapters, scales, adapters+scales, all (scales and minima, full rank), or "
+            "all+codes. (default: adapters+scales; adapters for lora)",
         ),
     ] = None,
     loss: Annotated[

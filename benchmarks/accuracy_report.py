@@ -70,6 +70,8 @@ class Table:
 
     def gap(self, result: Result) -> float | None:
         """0 at plain rounding, 1 at full precision, in nats; None until both are there."""
+        if result.name == FULL:
+            return 1.0
         ends = {r.name: r.perplexities[0] for r in self.results.values() if r.perplexities}
         if not result.perplexities or not {FULL, PLAIN} <= set(ends):
             return None

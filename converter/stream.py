@@ -313,8 +313,9 @@ class StreamingPass:
 
         weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in specs}
         squares = self._squares(index, specs, student)
+        layer = f"{self.streamed.prefix}.{index}"
         with (
-            _named(f"{self.streamed.prefix}.{index}"),
+            _named(layer),
             closing(prefetch(repeat(read))) as batches,
         ):
             quantized = quantizer.quantize_layer(
@@ -324,6 +325,7 @@ class StreamingPass:
                     squares,
                     run=partial(self.streamed.run, index),
                     batches=([(x.to(device), y.to(device)) for x, y in b] for b in batches),
+                    note=lambda text: self.report.note(f"{layer}: {text}"),
                 )
             )
         for name, weight in weights.items():

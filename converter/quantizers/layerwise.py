@@ -43,6 +43,7 @@ class LayerTask:
             weights by name, to the layer's output; differentiable in the weights.
         batches: an endless order of training rows in batches, each in parts that fit the memory:
             pairs of the quantized prefix's hidden states and the full-precision layer's outputs.
+        note: takes a line about this layer that the user should see.
     """
 
     weights: Mapping[str, Tensor]
@@ -50,6 +51,7 @@ class LayerTask:
     squares: Mapping[str, Tensor]
     run: Callable[[Tensor, dict[str, Tensor]], Tensor]
     batches: Iterator[list[tuple[Tensor, Tensor]]]
+    note: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ class LayerQuantizer:
         first = next(task.batches)
         self._train(learned, task.run, chain([first], task.batches))
         end = _results(learned)
-        return end if _error(task.run, first, end) < _error(task.run, first, start) else start
+        if _error(task.run, first, end) < _error(task.run, first, start):
+            return end
+        task.note(f"{self.name} gained nothing in {self.steps} updates: its start is kept")
+        return start
 
     @torch.enable_grad()
     def _train(

@@ -48,6 +48,7 @@ def layer_task(weight: Tensor, spec: QuantSpec, hessian: Tensor, parts: int = 1)
         squares={"linear": hessian.diagonal() / len(hessian)},
         run=lambda hidden, weights: hidden @ weights["linear"].T,
         batches=repeat(batch),
+        note=lambda text: None,
     )
 
 

@@ -192,14 +192,17 @@ def test_training_lowers_the_error_of_the_layers_output(
 
 
 @pytest.mark.parametrize("name", ["signround", "blockap"])
-def test_where_training_gains_nothing_the_start_is_kept(
+def test_where_training_gains_nothing_the_start_is_kept_and_said_so(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, hessian = random_weight(16, 64), correlated_hessian(64)
     start = quantized(build_quantizer("lsq"), weight, SPEC, hessian)
     monkeypatch.setattr(layerwise, "rate_of", lambda path, steps: 3.0)  # whole codes in one leap
-    leapt = quantized(build_quantizer(name, layer_steps=1), weight, SPEC, hessian)
+    notes: list[str] = []
+    task = replace(layer_task(weight, SPEC, hessian), note=notes.append)
+    leapt = LayerQuantizer(name, "lsq", 1).quantize_layer(task)["linear"]
     assert leapt.codes.equal(start.codes) and leapt.scale.equal(start.scale)
+    assert notes == [f"{name} gained nothing in 1 updates: its start is kept"]
 
 
 def test_few_updates_go_less_far_and_many_go_all_the_way() -> None:
@@ -244,6 +247,7 @@ def test_several_linears_are_trained_together(name: str) -> None:
         {"a": torch.ones(64), "b": torch.ones(64)},
         lambda hidden, weights: hidden @ weights["a"].T @ weights["b"].T,
         repeat([(x, wanted)]),
+        note=lambda text: None,
     )
     both = LayerQuantizer(name, "lsq", 60).quantize_layer(task)
     assert both["a"].spec.bits == 2 and both["b"].spec.bits == 4
