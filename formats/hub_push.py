@@ -150,12 +150,12 @@ def _complete(now: Listing, files: Mapping[str, LocalFile], stale: Sequence[str]
 def _commit(
     target: Target, additions: Sequence[CommitOperationAdd], stale: Sequence[str], title: str
 ) -> Pushed:
-    operations = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in stale)]
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the card's validator; its errors are raised
         info = target.api().create_commit(
             target.at.repo_id,
-            operations,
+            [*additions, *deletions],
             commit_message=title,
             revision=target.at.revision,
             create_pr=target.pull_request,

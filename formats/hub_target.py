@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -215,7 +215,7 @@ def _branch(
     return found
 
 
-def described(manifest: dict[str, Any]) -> dict[str, Any]:
+def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """By what a checkpoint is another model than a second one: its base, its bits and its groups.
 
     Args:
