@@ -46,13 +46,14 @@ class CardFacts:
     """What a card is made of.
 
     Attributes:
-        repo_id, revision: where it will lie.
+        endpoint, repo_id, revision: where it will lie.
         manifest: `rilq.json`.
         base: what the checkpoint was made from.
         files: all that is pushed but the card.
         figures: what was measured; None if nothing was.
     """
 
+    endpoint: str
     repo_id: str
     revision: str
     manifest: Mapping[str, Any]
@@ -159,12 +160,12 @@ def _body(facts: CardFacts) -> str:
 
 def _summary(facts: CardFacts) -> str:
     manifest, recipe, base = facts.manifest, facts.manifest["recipe"], facts.base
-    origin = "a checkpoint that is not public"
+    origin = "A model that is not on the Hub,"
     if base.name is not None:
-        origin = f"[{base.name}](https://huggingface.co/{base.name}), commit `{base.commit}`,"
+        origin = f"[{base.name}]({facts.endpoint}/{base.name}) (commit `{base.commit}`)"
     return (
-        f"{origin[0].upper()}{origin[1:]} in {recipe['bits']} bits: the linears of its decoder "
-        f"layers are quantized in groups of {recipe['group_size']}, "
+        f"{origin} in {recipe['bits']} bits: the linears of its decoder layers are quantized in "
+        f"groups of {recipe['group_size']}, "
         f"{manifest['bits_per_weight']:.2f} bits per weight with scales and zero-points, "
         f"{manifest['bits_per_parameter']:.2f} per parameter of the whole file, "
         f"{_megabytes(_weights(facts))}. Made by rilq {manifest['versions']['rilq']} "

@@ -90,7 +90,6 @@ def open_push(
     report: Reporter,
     *,
     model: Mapping[str, Any] | None = None,
-    endpoint: str | None = None,
     patience: Patience = PATIENCE,
 ) -> Target:
     """Make sure of the right to push, and that no other model is in the way.
@@ -100,7 +99,7 @@ def open_push(
         report: receives notes.
         model: `rilq.json` of what will be pushed, or its parts `source` and `recipe` while there is
             no such file yet; None to leave out the second check.
-        endpoint, patience: as of `open_target`.
+        patience: as of `open_target`.
 
     Raises:
         InputError: a push could not succeed.
@@ -111,7 +110,6 @@ def open_push(
         private=options.private,
         pull_request=options.pull_request,
         report=report,
-        endpoint=endpoint,
         patience=patience,
     )
     if model is not None and not options.replace:
@@ -124,7 +122,6 @@ def push(
     options: PushOptions,
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
     *,
-    endpoint: str | None = None,
     patience: Patience = PATIENCE,
 ) -> PushResult:
     """Check a folder and push it; run again, it continues and commits nothing twice.
@@ -137,7 +134,7 @@ def push(
         folder: made by `rilq convert`; nothing in it is changed.
         options: where to and how.
         report: receives progress.
-        endpoint, patience: as of `open_target`.
+        patience: as of `open_target`.
 
     Raises:
         InputError: the folder is damaged, not good enough, or the Hub refuses.
@@ -145,7 +142,7 @@ def push(
     manifest = read_manifest(folder)
     base = _base_model(folder, manifest, options)
     measured = _Measured(folder, manifest, base, options)
-    target = open_push(options, report, model=manifest, endpoint=endpoint, patience=patience)
+    target = open_push(options, report, model=manifest, patience=patience)
     _check_whole(folder, report)
     names = [name for name in sorted(manifest["files"]) if name != CARD]
     files = {name: LocalFile.of(folder / name) for name in (*names, MANIFEST_NAME)}
@@ -155,7 +152,8 @@ def push(
     check_generates(folder)
     figures = measured.figures(report)
     _check_good(folder, figures, options, report)
-    facts = CardFacts(options.repo_id, target.at.revision, manifest, told, files, figures)
+    at = target.at
+    facts = CardFacts(at.endpoint, at.repo_id, at.revision, manifest, told, files, figures)
     card = LocalFile.of(make_card(facts, _existing_card(folder, target)).encode())
     _check_tells_nothing({CARD: card}, folder, options)
     title = f"Upload a checkpoint made by rilq (job {str(manifest.get('job'))[:12]})"

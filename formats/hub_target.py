@@ -113,7 +113,6 @@ def open_target(
     private: bool = False,
     pull_request: bool = False,
     report: Reporter,
-    endpoint: str | None = None,
     patience: Patience = PATIENCE,
 ) -> Target:
     """Make sure that we may write to a repository; makes it, or the branch, if it is not there.
@@ -127,7 +126,6 @@ def open_target(
         private: the repository must not be public.
         pull_request: open one, which does not need the right to write.
         report: receives notes.
-        endpoint: the Hub's URL; None for the client library's (`HF_ENDPOINT`).
         patience: how requests that fail are tried again.
 
     Raises:
@@ -139,7 +137,7 @@ def open_target(
     at = Address(
         repo_id,
         revision or constants.DEFAULT_REVISION,
-        (endpoint or constants.ENDPOINT).rstrip("/"),
+        constants.ENDPOINT.rstrip("/"),
         Path(constants.HF_HUB_CACHE),
     )
     if get_token() is None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants
-from upload_hub import UploadHub
+from upload_hub import UploadHub, serving
 
 from rilq.errors import HubError, OptionError
 from rilq.formats.hub_push import LocalFile, Pushed, push_files
@@ -32,16 +31,8 @@ TITLE = "Upload tiny (job 1234)"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[UploadHub]:
     """An empty Hub, and a client in this process that uses it with the token of a writer."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", "hf_member")
-    close_session()
-    with UploadHub() as hub:
+    with serving(monkeypatch, tmp_path / "cache") as hub:
         yield hub
-    close_session()
 
 
 @pytest.fixture
@@ -49,7 +40,7 @@ def opened(hub: UploadHub) -> Callable[..., Target]:
     """A function that opens a target on the hub."""
 
     def open_(repo_id: str = REPO, **options: Any) -> Target:
-        usual = {"report": SilentReporter(), "patience": QUICK, "endpoint": hub.url}
+        usual = {"report": SilentReporter(), "patience": QUICK}
         return open_target(repo_id, **{**usual, **options})
 
     return open_

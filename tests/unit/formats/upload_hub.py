@@ -13,11 +13,16 @@ import json
 import re
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import close_session, constants
 from local_hub import LFS_SUFFIXES, Blob, Handler, LocalHub, Refusal, Repository, Request
 
 WRITER, OWNER = "hf_member", "org"
@@ -239,3 +244,21 @@ class UploadHub(LocalHub):
         """What a branch holds."""
         repo = self.repositories[repo_id]
         return {blob.name: blob.content for blob in repo.commits[repo.branches[branch]].values()}
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[UploadHub]:
+    """An empty Hub, which the client in this process takes for the only one, as its writer."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    close_session()  # it may hold proxies from before
+    with UploadHub() as hub:
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+    close_session()
