@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-from huggingface_hub import close_session, constants
+from huggingface_hub import close_session, constants, hf_api
 from local_hub import LFS_SUFFIXES, Blob, Handler, LocalHub, Refusal, Repository, Request
 
 WRITER, OWNER = "hf_member", "org"
@@ -260,5 +260,6 @@ def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[UploadHub]
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # of the functions, for transformers
         yield hub
     close_session()
