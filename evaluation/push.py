@@ -188,10 +188,12 @@ def _check_tells_nothing(
     files: Mapping[str, LocalFile], folder: Path, options: PushOptions
 ) -> None:
     """Refuse to publish a token, or paths of this machine, which tell who its user is."""
-    places = {Path.home(), folder.resolve().parent, folder.absolute().parent}
+    ours = [Path.home(), folder.absolute(), folder.resolve()]
     if options.base is not None and Path(options.base).is_dir():
-        places.add(Path(options.base).resolve().parent)
-    paths = {f"{place}/": "a path of this machine" for place in places if len(place.parts) > 1}
+        ours.append(Path(options.base).resolve())
+    # Not /tmp or /data, which anybody's examples may name.
+    places = {*ours, *(path.parent for path in ours if len(path.parts) > 3)} - {Path("/")}
+    paths = {f"{place}{end}": "a path of this machine" for place in places for end in ("/", '"')}
     secrets = {**paths, **({token: "the token"} if (token := get_token()) else {})}
     for name, file in files.items():
         if not name.endswith(_TOLD) or name in _VOCABULARIES:
@@ -224,7 +226,7 @@ def _base_model(
             return None
         raise OptionError(
             f"{folder}: was made from a local folder, so that its perplexity has nothing to be "
-            "compared with\n  give --base FOLDER, or --force to push without figures"
+            "compared with\n  give --base FOLDER, or --force to push it without figures"
         )
     local = Path(options.base).is_dir()
     opened = open_source(options.base, revision=None if local else source["commit"])
@@ -256,7 +258,8 @@ def _told(base: tuple[str, str | None] | None, options: PushOptions, target: Tar
     if listing.private and not (target.head.private or options.force):
         raise HubError(
             f"{model}: this base is private, and the card and {MANIFEST_NAME} would publish its "
-            f"name in {target.at.repo_id}\n  push with --private, or with --force if that is meant"
+            f"name in {target.at.repo_id}\n  push with --private, or use `rilq push --force` if that "
+            "is meant"
         )
     return Base(model, commit, metadata)
 
@@ -353,6 +356,6 @@ def _check_good(
         raise CheckpointError(
             f"{folder}: {found} on {figures.text}, and --max-ppl-ratio is "
             f"{options.max_ppl_ratio:g}\n  convert with a better recipe (--recipe best, or more "
-            "bits), raise the ratio, or give --force"
+            "bits), raise the ratio, or use `rilq push --force`"
         )
     report.warn(f"{folder}: pushed in spite of its {found}")

@@ -257,7 +257,7 @@ def check_holds(target: Target, model: dict[str, Any]) -> None:
         )
     raise HubError(
         f"{target.at.repo_id}: revision {printable(target.at.revision)} holds {why}\n"
-        "  choose another name or --revision, or give --replace to put this model in its place"
+        "  choose another name, or let `rilq push --replace` put this model in its place"
     )
 
 

@@ -251,6 +251,20 @@ def test_85_nothing_that_is_published_names_a_path_or_host_of_this_machine(
     assert "base_model" not in ModelCard(hub.files(REPO)["README.md"].decode()).data.to_dict()
 
 
+def test_85_the_name_of_a_private_base_is_not_published(
+    hub: UploadHub, try_push: Push, measured: dict[str, Any], tiny_llama: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
+    hub.add("org/secret", files, private=True)
+    options = {**measured, "base": "org/secret"}
+    with pytest.raises(HubError, match="org/secret: this base is private"):
+        try_push(**options)
+    assert not hub.made
+    hub.repositories.pop(REPO)
+    try_push(**options, private=True)
+    assert ModelCard(hub.files(REPO)["README.md"].decode()).data.base_model == "org/secret"
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "README.md"])
 def test_85_a_file_that_holds_a_path_of_this_machine_is_refused_by_name(
     hub: UploadHub, folder: Path, try_push: Push, name: str

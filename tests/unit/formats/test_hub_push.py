@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from upload_hub import UploadHub, serving
 
 from rilq.errors import HubError, OptionError
@@ -173,6 +174,14 @@ def test_78_a_cut_connection_in_an_upload_is_tried_again(
     hub.fail_next("cut", on="PUT /lfs")
     push(model())
     assert puts(hub) == 3 and hub.files(REPO).keys() >= model().keys()
+
+
+def test_a_hub_without_xet_is_told_with_the_remedy(
+    push: Callable[..., Pushed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError, match="HF_HUB_DISABLE_XET=1"):
+        push(model(), patience=Patience(delays=()))
 
 
 # row 79
