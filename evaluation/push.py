@@ -32,6 +32,18 @@ DEFAULT_RATIO = 2.0
 _TOLD = (".json", ".jinja", ".md")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocabulary.json")
 
+# Of rilq.json: key to the keys in it.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "source": ("name", "commit", "header_hash"),
+    "recipe": ("bits", "group_size"),
+    "versions": ("rilq",),
+    "calibration": ("sources", "rows", "seqlen", "digest"),
+    "quality": (),
+    "compute_dtype": (),
+    "bits_per_weight": (),
+    "bits_per_parameter": (),
+}
+
 
 @dataclass(frozen=True)
 class PushOptions:
@@ -140,6 +152,7 @@ def push(
         InputError: the folder is damaged, not good enough, or the Hub refuses.
     """
     manifest = read_manifest(folder)
+    _check_told(folder, manifest)
     base = _base_model(folder, manifest, options)
     measured = _Measured(folder, manifest, base, options)
     target = open_push(options, report, model=manifest, patience=patience)
@@ -163,6 +176,20 @@ def push(
         raise HubError(f"{err}\n  the checkpoint in {folder} is whole and stays") from err.__cause__
 
 
+def _check_told(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a `rilq.json` that lacks what the card is made of; no checksum covers that file."""
+    missing = [key for key in _NEEDED if key not in manifest] + [
+        f"{key}.{inner}"
+        for key, wanted in _NEEDED.items()
+        for inner in wanted
+        if key in manifest and not (isinstance(manifest[key], dict) and inner in manifest[key])
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder / MANIFEST_NAME}: has no {', '.join(missing)}\n  convert the model again"
+        )
+
+
 def _check_whole(folder: Path, report: Reporter) -> None:
     report.stage("verify")
     found = verify(folder)
@@ -181,7 +208,13 @@ def _existing_card(folder: Path, target: Target) -> str | None:
     content = target.read(CARD)
     if content is None and (folder / CARD).is_file():
         content = (folder / CARD).read_bytes()
-    return None if content is None else content.decode("utf-8", errors="replace")
+    try:
+        return None if content is None else content.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise HubError(
+            f"{target.at.repo_id}/{CARD}: the card is not UTF-8\n  save it as UTF-8, then run the "
+            "same command again"
+        ) from err
 
 
 def _check_tells_nothing(
@@ -258,8 +291,8 @@ def _told(base: tuple[str, str | None] | None, options: PushOptions, target: Tar
     if listing.private and not (target.head.private or options.force):
         raise HubError(
             f"{model}: this base is private, and the card and {MANIFEST_NAME} would publish its "
-            f"name in {target.at.repo_id}\n  push with --private, or use `rilq push --force` if that "
-            "is meant"
+            f"name in {target.at.repo_id}\n  push with --private, or if that is meant, use "
+            "`rilq push --force`"
         )
     return Base(model, commit, metadata)
 

@@ -286,6 +286,10 @@ def _ask(
         raise explain_push(err, at, name) from safe_cause(err)
 
 
+class _NoXet(Exception):
+    """The Hub does not know the client's faster protocol for uploads; asking again is no use."""
+
+
 def _unwrapped(request: Callable[[], Result]) -> Result:
     """The request's result; of the client's "error while uploading", what stands behind it."""
     try:
@@ -293,6 +297,10 @@ def _unwrapped(request: Callable[[], Result]) -> Result:
     except RuntimeError as err:
         if isinstance(err.__cause__, Exception):
             raise err.__cause__ from None
+        raise
+    except ConnectionError as err:
+        if "404" in str(err) and "/xet-write-token/" in str(err):
+            raise _NoXet from None
         raise
 
 
@@ -328,7 +336,7 @@ def explain_push(err: BaseException, at: Address, name: str | None = None) -> Ri
         # The client's own words around the server's: "LFS batch API returned errors", a quota for
         # example, or "Invalid metadata in README.md".
         return HubError(f"{subject}: {at.endpoint} refuses the push{_words(str(err))}")
-    elif "xet" in str(err):
+    elif isinstance(err, _NoXet):
         return HubError(
             f"{subject}: {at.endpoint} does not take uploads through Xet; set HF_HUB_DISABLE_XET=1 "
             "and run the same command again"

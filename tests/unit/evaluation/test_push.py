@@ -347,6 +347,24 @@ def test_88_a_missing_file_is_refused(hub: UploadHub, folder: Path, try_push: Pu
         try_push()
 
 
+def test_a_manifest_without_what_the_card_needs_is_refused(
+    hub: UploadHub, folder: Path, try_push: Push
+) -> None:
+    manifest = json.loads((folder / "rilq.json").read_text())
+    del manifest["quality"], manifest["recipe"]["bits"]
+    (folder / "rilq.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="rilq.json: has no quality, recipe.bits"):
+        try_push()
+    assert not hub.requests
+
+
+def test_a_card_that_is_not_utf_8_is_not_overwritten(hub: UploadHub, try_push: Push) -> None:
+    hub.add(REPO, {"README.md": b"caf\xe9"})
+    with pytest.raises(HubError, match="README.md: the card is not UTF-8"):
+        try_push()
+    assert not hub.made
+
+
 # -- is it good enough? ----------------------------------------------------------------------------
 
 

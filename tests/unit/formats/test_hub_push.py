@@ -177,11 +177,12 @@ def test_78_a_cut_connection_in_an_upload_is_tried_again(
 
 
 def test_a_hub_without_xet_is_told_with_the_remedy(
-    push: Callable[..., Pushed], monkeypatch: pytest.MonkeyPatch
+    hub: UploadHub, push: Callable[..., Pushed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(HubError, match="HF_HUB_DISABLE_XET=1"):
-        push(model(), patience=Patience(delays=()))
+        push(model())
+    assert len(hub.got("/xet-write-token/")) == 1
 
 
 # row 79
