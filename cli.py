@@ -341,6 +341,8 @@ def convert(
     log_file: LogFile = None,
 ) -> None:
     """Convert a checkpoint to 2 bits; run it again to continue a stopped job."""
+    if private and push_to is None:
+        raise OptionError("--private: has no meaning without --push-to OWNER/NAME")
     with (
         _stoppable(f"state is in {options.work}"),
         _reporting(quiet, log_file, options.work) as report,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,19 +10,18 @@ from typing import Any
 from huggingface_hub import get_token
 
 from rilq.calib.sources import describe_source, parse_source
-from rilq.errors import CheckpointError, HubError, OptionError, OutputError, printable
+from rilq.errors import CheckpointError, HubError, OptionError, printable
 from rilq.evaluation.card import CARD, Base, CardFacts, card_metadata, make_card
-from rilq.evaluation.divergence import Divergence
-from rilq.evaluation.perplexity import Evaluation, evaluate
+from rilq.evaluation.kept_figures import measure_once
+from rilq.evaluation.perplexity import Evaluation
 from rilq.evaluation.reload import check_generates
 from rilq.formats.checkpoint import Checkpoint
-from rilq.formats.durable import write_bytes
 from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_listing import fetch_listing, some
 from rilq.formats.hub_push import LocalFile, Pushed, push_files
 from rilq.formats.hub_requests import PATIENCE, Address, Patience, explain, with_patience
 from rilq.formats.hub_target import Target, check_holds, described, open_target
-from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest, verify
+from rilq.formats.verify import MANIFEST_NAME, read_manifest, verify
 from rilq.progress import Reporter, SilentReporter
 
 DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
@@ -101,21 +99,22 @@ def open_push(
     options: PushOptions,
     report: Reporter,
     *,
-    model: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any],
     patience: Patience = PATIENCE,
 ) -> Target:
-    """Make sure of the right to push, and that no other model is in the way.
+    """Make sure of the text, of the right to push, and that no other model is in the way.
 
     Args:
         options: where to, and whether replacing is asked for.
         report: receives notes.
         model: `rilq.json` of what will be pushed, or its parts `source` and `recipe` while there is
-            no such file yet; None to leave out the second check.
+            no such file yet.
         patience: as of `open_target`.
 
     Raises:
         InputError: a push could not succeed.
     """
+    describe_source(parse_source(options.text))  # a file that is not there is told now
     target = open_target(
         options.repo_id,
         revision=options.revision,
@@ -124,7 +123,7 @@ def open_push(
         report=report,
         patience=patience,
     )
-    if model is not None and not options.replace:
+    if not options.replace:
         check_holds(target, described(model))
     return target
 
@@ -154,7 +153,6 @@ def push(
     manifest = read_manifest(folder)
     _check_told(folder, manifest)
     base = _base_model(folder, manifest, options)
-    measured = _Measured(folder, manifest, base, options)
     target = open_push(options, report, model=manifest, patience=patience)
     _check_whole(folder, report)
     names = [name for name in sorted(manifest["files"]) if name != CARD]
@@ -163,7 +161,16 @@ def push(
     told = _told(base, options, target)
     report.stage("reload")
     check_generates(folder)
-    figures = measured.figures(report)
+    figures = base and measure_once(
+        folder,
+        *base,
+        options.text,
+        text_key=options.text_key,
+        seqlen=options.seqlen,
+        device=options.device,
+        dtype=options.dtype,
+        report=report,
+    )
     _check_good(folder, figures, options, report)
     at = target.at
     facts = CardFacts(at.endpoint, at.repo_id, at.revision, manifest, told, files, figures)
@@ -303,75 +310,6 @@ def _metadata(card: Path, report: Reporter) -> dict[str, Any]:
     except Exception as err:  # a YAML parser's own kinds, or not UTF-8
         report.warn(f"the base's {CARD} cannot be read ({type(err).__name__}): no licence is taken")
         return {}
-
-
-# ---- figures ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Perplexity of a checkpoint and its base, measured now or by an earlier push.
-
-    `rilq.json` does not have it: the training's losses are distances from the base on calibration
-    rows.
-    """
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    base: tuple[str, str | None] | None
-    options: PushOptions
-
-    def __post_init__(self) -> None:
-        self._asked()  # a text that is not there is told before the work
-
-    def _asked(self) -> dict[str, Any]:
-        return {
-            "checkpoint": file_hash(self.folder / MANIFEST_NAME),
-            "text": describe_source(parse_source(self.options.text)),
-            "text_key": self.options.text_key,
-            "seqlen": self.options.seqlen,
-            "dtype": self.options.dtype,
-        }
-
-    def figures(self, report: Reporter) -> Evaluation | None:
-        """The figures; None if there is no base to compare with."""
-        if self.base is None:
-            return None
-        asked, options = self._asked(), self.options
-        kept = self.folder.resolve()
-        kept = kept.with_name(f"{kept.name}.rilq-eval.json")
-        if (figures := _read_figures(kept, asked)) is not None:
-            report.note(f"{kept}: figures of an earlier push are used")
-            return figures
-        figures = evaluate(
-            str(self.folder),
-            options.text,
-            seqlen=options.seqlen,
-            against=self.base[0],
-            against_revision=self.base[1],
-            device=options.device,
-            dtype=options.dtype,
-            text_key=options.text_key,
-            report=report,
-        )
-        content = json.dumps({"asked": asked, "figures": figures.as_dict()}, indent=2) + "\n"
-        try:
-            write_bytes(kept, content.encode())
-        except OutputError as err:  # only a convenience
-            report.warn(str(err))
-        return figures
-
-
-def _read_figures(path: Path, asked: Mapping[str, Any]) -> Evaluation | None:
-    """What was measured before, if it was the same that is asked for now."""
-    try:
-        content = json.loads(path.read_bytes())
-        if content["asked"] != asked:
-            return None
-        figures = content["figures"]
-        return Evaluation(**{**figures, "against": Divergence(**figures["against"])})
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
-        return None
 
 
 def _check_good(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,30 +10,19 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
-    FileMetadataError,
-    HfHubHTTPError,
     HFValidationError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from rilq import __version__
-from rilq.errors import HubError, OptionError, RilqError, printable
+from rilq.errors import CheckpointError, HubError, OptionError, printable
 from rilq.formats.checkpoint import LEGAL_FILES, SIDE_FILES
 from rilq.formats.hub import HubRepository, quiet_library
 from rilq.formats.hub_listing import Listing, fetch_listing, some
-from rilq.formats.hub_requests import (
-    PATIENCE,
-    Address,
-    Patience,
-    cause_of,
-    explain,
-    safe_cause,
-    unreachable,
-    with_patience,
-)
+from rilq.formats.hub_refusals import ask_to_write, explain_push
+from rilq.formats.hub_requests import PATIENCE, Address, Patience, safe_cause, with_patience
 from rilq.formats.index import PICKLES
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.formats.source import CONFIG, read_json
@@ -73,7 +61,7 @@ class Target:
 
     def ask(self, request: Callable[[], Result], name: str | None = None) -> Result:
         """The result of a request, with patience, or what is wrong in one line."""
-        return _ask(request, self.at, name, self.patience, self.report)
+        return ask_to_write(request, self.at, name, self.patience, self.report)
 
     def read(self, name: str) -> bytes | None:
         """A small file at the top level of `head`; None where there is none."""
@@ -83,7 +71,10 @@ class Target:
     def manifest(self) -> dict[str, Any] | None:
         """What `head` holds as `rilq.json`; None if nothing of ours was pushed here."""
         held = self._held()
-        return read_json(held, held.files(), MANIFEST_NAME)
+        try:
+            return read_json(held, held.files(), MANIFEST_NAME)
+        except CheckpointError:  # not JSON: whatever it is, a push has not written it
+            return None
 
     def stale(self, keep: Collection[str]) -> list[str]:
         """Files of an earlier model that would be mixed with a new one, whose files are `keep`.
@@ -147,7 +138,7 @@ def open_target(
         )
 
     def ask(request: Callable[[], Result], where: Address = at) -> Result:
-        return _ask(request, where, None, patience, report)
+        return ask_to_write(request, where, None, patience, report)
 
     api, main = _api(at), Address(repo_id, constants.DEFAULT_REVISION, at.endpoint, at.cache)
     try:
@@ -268,94 +259,3 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
 
 def _api(at: Address) -> HfApi:
     return HfApi(at.endpoint, library_name="rilq", library_version=__version__)
-
-
-def _ask(
-    request: Callable[[], Result],
-    at: Address,
-    name: str | None,
-    patience: Patience,
-    report: Reporter,
-) -> Result:
-    what = at.repo_id if name is None else f"{at.repo_id}/{name}"
-    try:
-        return with_patience(lambda: _unwrapped(request), what, patience, report)
-    except RilqError:
-        raise
-    except Exception as err:
-        raise explain_push(err, at, name) from safe_cause(err)
-
-
-class _NoXet(Exception):
-    """The Hub does not know the client's faster protocol for uploads; asking again is no use."""
-
-
-def _unwrapped(request: Callable[[], Result]) -> Result:
-    """The request's result; of the client's "error while uploading", what stands behind it."""
-    try:
-        return request()
-    except RuntimeError as err:
-        if isinstance(err.__cause__, Exception):
-            raise err.__cause__ from None
-        raise
-    except ConnectionError as err:
-        if "404" in str(err) and "/xet-write-token/" in str(err):
-            raise _NoXet from None
-        raise
-
-
-def explain_push(err: BaseException, at: Address, name: str | None = None) -> RilqError:
-    """The one line, with the remedy, about a push that failed; never with a token in it.
-
-    Args:
-        err: what the client raised.
-        at: the repository that was to be written to.
-        name: the file that was on its way, if any.
-    """
-    err = cause_of(err)
-    if isinstance(err, json.JSONDecodeError):  # HTML, for example, of a proxy
-        err = FileMetadataError("the answer is not JSON")
-    subject = printable(at.repo_id if name is None else f"{at.repo_id}/{name}", 200)
-    owner = at.repo_id.partition("/")[0]
-    if isinstance(err, HfHubHTTPError):
-        status, words = err.response.status_code, _words(str(err.server_message or ""))
-        if status == 403:
-            return HubError(
-                f"{subject}: {at.endpoint} refuses to have it written{words}; use a token with the "
-                f"right to write to {owner} ({at.endpoint}/settings/tokens), or push to another "
-                "owner"
-            )
-        if status in (409, 412):
-            return HubError(
-                f"{subject}: somebody else has committed to {printable(at.revision)} meanwhile; "
-                "nothing of theirs was changed: look at it, then run the same command again"
-            )
-        if status in (400, 402, 413, 422):
-            return HubError(f"{subject}: {at.endpoint} refuses the push ({status}){words}")
-    elif isinstance(err, ValueError) and not isinstance(err, UnicodeError):
-        # The client's own words around the server's: "LFS batch API returned errors", a quota for
-        # example, or "Invalid metadata in README.md".
-        return HubError(f"{subject}: {at.endpoint} refuses the push{_words(str(err))}")
-    elif isinstance(err, _NoXet):
-        return HubError(
-            f"{subject}: {at.endpoint} does not take uploads through Xet; set HF_HUB_DISABLE_XET=1 "
-            "and run the same command again"
-        )
-    elif not (
-        isinstance(err, (OfflineModeIsEnabled, FileMetadataError, OSError, UnicodeError))
-        or unreachable(err)
-        or type(err).__name__ == "LocalProtocolError"
-    ):
-        return HubError(
-            f"{subject}: cannot be pushed ({type(err).__name__}){_words(str(err))}; run the same "
-            "command again, it goes on from here"
-        )
-    return explain(err, at, name)
-
-
-def _words(text: str) -> str:
-    """The server's words for the middle of a message; a token in them is blotted out."""
-    token, said = get_token(), " ".join(text.split())
-    if token:
-        said = said.replace(token, "***")
-    return f": {printable(said, 300)}" if said else ""

@@ -59,6 +59,23 @@ def test_77_convert_asks_for_the_right_to_write_before_it_quantizes(
     assert all(request.range for request in hub.got("GET /model-0000"))  # headers only, to plan
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--push-to", "tiny"], "owner/name"),
+        (["--push-to", REPO, "--eval-text", "./nowhere.txt"], "nowhere.txt"),
+        (["--push-to", REPO, "--max-ppl-ratio", "0.5"], "--max-ppl-ratio 0.5"),
+        (["--private"], "--push-to OWNER/NAME"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_the_conversion(
+    hub: UploadHub, run_cli: Any, arguments: Any, tmp_path: Path, more: list[str], words: str
+) -> None:
+    ended = run_cli(*arguments(tmp_path, *more))
+    assert ended.code == 2 and words in ended.err and "Traceback" not in ended.err
+    assert not list(tmp_path.glob("out*")) and not hub.requests
+
+
 def test_what_convert_pushes_loads_with_the_commands_of_its_card(
     hub: UploadHub, convert_hub_model: Callable[..., Any], in_child: Any
 ) -> None:
@@ -73,6 +90,8 @@ def test_what_convert_pushes_loads_with_the_commands_of_its_card(
     assert (found["base_model"], found["base_model_relation"]) == (BASE, "quantized")
     assert (found["license"], found["language"]) == ("mit", "en")
     assert WRITER not in ended.out + ended.err + card
+    again = json.loads(convert_hub_model("--json").out)
+    assert again["already_done"] and again["pushed"]["unchanged"] and len(hub.made) == 1
 
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     shown = in_child(lambda: exec(snippet, {}))

@@ -313,6 +313,16 @@ def test_83_a_model_of_another_base_or_of_other_bits_is_refused(
     check_holds(opened(), described(MANIFEST))
 
 
+def test_83_a_damaged_manifest_is_no_reason_to_overwrite(
+    hub: UploadHub, opened: Callable[..., Target], push: Callable[..., Pushed]
+) -> None:
+    hub.add(REPO, {"model.safetensors": b"theirs", "rilq.json": b"{cut"})
+    with pytest.raises(HubError, match="that rilq has not pushed"):
+        check_holds(opened(), described(MANIFEST))
+    push(model())  # as with --replace
+    assert hub.files(REPO) == model()
+
+
 def test_83_a_card_and_pictures_alone_are_no_model(
     hub: UploadHub, opened: Callable[..., Target]
 ) -> None:
