@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rilq.converter.options import ConvertOptions
     from rilq.converter.plan import Plan
     from rilq.evaluation.perplexity import Evaluation
+    from rilq.evaluation.push import PushResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 
 _BASE, _DATA, _TRAIN = "Quantization", "Calibration", "RILQ training"
-_MACHINE, _OUT = "Machine", "Output"
+_MACHINE, _OUT, _PUSH = "Machine", "Output", "Push to the Hub"
 
 
 def _option(panel: str, text: str, *names: str, **limits: int) -> Any:
@@ -57,6 +58,13 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a m
 Device = Annotated[str, _option(_MACHINE, "auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[
     str, _option(_MACHINE, "Compute in auto (float32 on a CPU, else bfloat16), or a named dtype.")
+]
+Private = Annotated[bool, _option(_PUSH, "Make the repository private.", "--private")]
+EvalText = Annotated[
+    str, _option(_PUSH, "What perplexity is measured on: a file, wikitext2, c4, or owner/name.")
+]
+MaxPplRatio = Annotated[
+    float, _option(_PUSH, "Refuse a perplexity above this multiple of the base's.")
 ]
 
 
@@ -322,11 +330,19 @@ def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
 @_takes_convert_options
 def convert(
     options: "ConvertOptions",
+    push_to: Annotated[
+        str | None, _option(_PUSH, "Push the result to this owner/name when it is done.")
+    ] = None,
+    private: Private = False,
+    eval_text: EvalText = "wikitext2",
+    max_ppl_ratio: MaxPplRatio = 2.0,
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
 ) -> None:
     """Convert a checkpoint to 2 bits; run it again to continue a stopped job."""
+    if private and push_to is None:
+        raise OptionError("--private: has no meaning without --push-to OWNER/NAME")
     with (
         _stoppable(f"state is in {options.work}"),
         _reporting(quiet, log_file, options.work) as report,
@@ -334,6 +350,22 @@ def convert(
         from rilq.converter import pipeline
 
         job = pipeline.prepare(options, report)
+        pushed = None
+        if push_to is not None:
+            from rilq.evaluation.push import PushOptions, open_push, push
+
+            pushing = PushOptions(
+                push_to,
+                private=private,
+                text=eval_text,
+                max_ppl_ratio=max_ppl_ratio,
+                base=options.model if job.checkpoint.source.commit is None else None,
+                device=options.device,
+                dtype=options.dtype,
+            )
+            recipe = {"bits": options.bits, "group_size": options.group_size}
+            source = pipeline.source_facts(job.checkpoint)
+            open_push(pushing, report, model={"source": source, "recipe": recipe})
         _show_plan(job.plan, report)
         result = pipeline.convert(job, report)
         report.note(
@@ -341,6 +373,9 @@ def convert(
             if result.already_done
             else f"{result.output}: done"
         )
+        if push_to is not None:
+            pushed = push(result.output, pushing, report)
+            _show_push(pushed, report)
     if as_json:
         print(json.dumps({
             "output": str(result.output),
@@ -348,6 +383,7 @@ def convert(
             "quality": result.quality,
             "bytes_read": result.bytes_read,
             "plan": job.plan.as_dict(),
+            "pushed": pushed and pushed.as_dict(),
         }, default=str))  # fmt: skip
 
 
@@ -539,6 +575,66 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub.")],
+    revision: Annotated[
+        str | None, _option(_PUSH, "Branch, made if it is not there. (default: main)")
+    ] = None,
+    private: Private = False,
+    pr: Annotated[bool, _option(_PUSH, "Open a pull request instead.", "--pr")] = False,
+    replace: Annotated[
+        bool, _option(_PUSH, "Put it in the place of another model.", "--replace")
+    ] = False,
+    text: EvalText = "wikitext2",
+    text_key: Annotated[str, _option(_PUSH, "Key of the text in a record.")] = "text",
+    seqlen: Annotated[
+        int | None, _option(_PUSH, "Context. (default: 2048, or the model's maximum)")
+    ] = None,
+    base: Annotated[
+        str | None, _option(_PUSH, "What it was converted from, if that is a local folder.")
+    ] = None,
+    max_ppl_ratio: MaxPplRatio = 2.0,
+    force: Annotated[
+        bool, _option(_PUSH, "Whatever the perplexity is, even if it is unknown.", "--force")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Check a checkpoint, measure it, and push it with a model card in one commit."""
+    with (
+        _user_errors(),
+        _stoppable("what was uploaded is not sent again"),
+        _reporting(quiet, log_file, folder) as report,
+    ):
+        from rilq.evaluation.push import PushOptions
+        from rilq.evaluation.push import push as push_folder
+
+        options = PushOptions(
+            repo_id,
+            revision=revision,
+            private=private,
+            pull_request=pr,
+            replace=replace,
+            force=force,
+            max_ppl_ratio=max_ppl_ratio,
+            text=text,
+            text_key=text_key,
+            seqlen=seqlen,
+            base=base,
+            device=device,
+            dtype=dtype,
+        )
+        pushed = push_folder(folder, options, report)
+        _show_push(pushed, report)
+    if as_json:
+        print(json.dumps(pushed.as_dict()))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"rilq {__version__}")
@@ -562,6 +658,12 @@ def _show_plan(plan: "Plan", report: Reporter) -> None:
         report.note(f"  {name:<18} {value}")
     if not plan.quantized:
         report.warn("nothing is quantized: every linear is kept")
+
+
+def _show_push(result: "PushResult", report: Reporter) -> None:
+    pushed = result.pushed
+    state = "was there already" if pushed.unchanged else "pushed"
+    report.note(f"{pushed.url}: {state}, commit {pushed.commit}")
 
 
 def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:

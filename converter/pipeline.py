@@ -409,11 +409,7 @@ class _Conversion:
             "format_version": quantization.format_version,
             "job": job_hash(fingerprint),
             "versions": versions(),
-            "source": {
-                "name": base_name(self.job.checkpoint),
-                "commit": self.job.checkpoint.source.commit,
-                "header_hash": self.job.checkpoint.header_hash(),
-            },
+            "source": source_facts(self.job.checkpoint),
             "recipe": recipe,
             "compute_dtype": self.choices.dtype,
             "bits_per_weight": self.plan.bits_per_weight,
@@ -433,6 +429,15 @@ class _Conversion:
             lora=lora,
             report=self.report,
         )
+
+
+def source_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Which checkpoint this is, for `rilq.json`."""
+    return {
+        "name": base_name(checkpoint),
+        "commit": checkpoint.source.commit,
+        "header_hash": checkpoint.header_hash(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -91,6 +91,7 @@ def evaluate(
     dtype: str = "auto",
     scratch: Path | None = None,
     revision: str | None = None,
+    against_revision: str | None = None,
     text_key: str = "text",
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
 ) -> Evaluation:
@@ -108,7 +109,7 @@ def evaluate(
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: to compute in: "auto" is float32 on a CPU and bfloat16 elsewhere.
         scratch: folder for the hidden states; None for the system's temporary one.
-        revision: of `model` on the Hub.
+        revision, against_revision: of `model` and `against` on the Hub.
         text_key: of the text in JSON, parquet and Hub records.
         report: receives progress.
 
@@ -118,7 +119,9 @@ def evaluate(
     """
     machine = measure_machine(device)
     subject = _open(model, machine, dtype, revision, report)
-    base = None if against is None else _open(against, machine, dtype, None, report)
+    base = None
+    if against is not None:
+        base = _open(against, machine, dtype, against_revision, report)
     subjects = [subject] if base is None else [subject, base]
     length = _check_together(subjects, seqlen)
     source = parse_source(text)

@@ -33,6 +33,7 @@ CHUNK = 2**20  # elements that are hashed and scanned together: 2 to 4 MB, so th
 _OLD_BUFFERS = re.compile(r"(^|\.)(attn\.bias|attention\.bias|masked_bias|position_ids)$")
 
 # What belongs to a model besides its weights and card; never code. Matched in lower case.
+LEGAL_FILES = ("license", "license.txt", "license.md", "notice", "notice.txt", "use_policy.md")
 SIDE_FILES = (
     CONFIG,
     "generation_config.json",
@@ -46,12 +47,7 @@ SIDE_FILES = (
     "chat_template*.jinja",
     "*.model",
     "*.tiktoken",
-    "license",
-    "license.txt",
-    "license.md",
-    "notice",
-    "notice.txt",
-    "use_policy.md",
+    *LEGAL_FILES,
 )
 
 

@@ -134,7 +134,7 @@ class HubRepository:
             CheckpointError: the repository holds no safetensors weights.
             HubError: the Hub refused, or could not be reached and the cache lacks files.
         """
-        _quiet_library()
+        quiet_library()
         at = Address(
             repo_id,
             revision or constants.DEFAULT_REVISION,
@@ -346,7 +346,7 @@ class HubRepository:
         return True
 
 
-def _quiet_library() -> None:
+def quiet_library() -> None:
     """Switch the client library's bars and log lines off, unless the user asked for them."""
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:
         disable_progress_bars()

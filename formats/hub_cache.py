@@ -48,10 +48,11 @@ class RemoteFile:
         """Whether the file at `path` has this size and, where known, this digest."""
         if path.stat().st_size != self.size:
             return False
-        return self.digest is None or _digest(path, len(self.digest)) == self.digest
+        return self.digest is None or digest_of(path, len(self.digest)) == self.digest
 
 
-def _digest(path: Path, digits: int) -> str:
+def digest_of(path: Path, digits: int) -> str:
+    """sha256 (64 digits) or git's blob sha1 (40 digits) of a file, as the Hub states them."""
     if digits == 64:
         digest = hashlib.sha256()
     else:

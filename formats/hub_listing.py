@@ -20,10 +20,11 @@ from rilq.formats.index import PICKLES
 
 @dataclass(frozen=True)
 class Listing:
-    """One commit: its hash, and path to size and digest of all its files."""
+    """One commit: its hash, path to size and digest of all its files, and who may see them."""
 
     commit: str
     files: Mapping[str, RemoteFile]
+    private: bool = False
 
     def top_level(self) -> dict[str, RemoteFile]:
         """Only the files that lie in no folder, as a local checkpoint is listed."""
@@ -62,7 +63,7 @@ def fetch_listing(at: Address) -> Listing:
         files[file.rfilename] = RemoteFile.of(
             file.size, file.lfs.sha256 if file.lfs else file.blob_id
         )
-    return Listing(info.sha, files)
+    return Listing(info.sha, files, bool(info.private))
 
 
 def check_weights(at: Address, names: Iterable[str]) -> None:

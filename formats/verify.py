@@ -22,11 +22,22 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found; the folder is whole if there are no `problems`."""
+    """What `verify` found; the folder is whole if there are no `problems`.
+
+    Attributes:
+        damage: what is missing or has changed.
+        unlisted: names of files that `rilq.json` does not know.
+    """
 
     files_checked: int
     tensors_checked: int
-    problems: tuple[str, ...]
+    damage: tuple[str, ...]
+    unlisted: tuple[str, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """`damage`, and a line for each file that is `unlisted`."""
+        return self.damage + tuple(f"{name}: not in {MANIFEST_NAME}" for name in self.unlisted)
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def verify(folder: Path) -> VerifyReport:
     files, tensors = manifest["files"], dict(manifest["tensors"])
     present = _files(folder)
     problems = [f"{name}: missing" for name in files if name not in present]
-    problems += [f"{name}: not in {MANIFEST_NAME}" for name in present if name not in files]
+    unlisted = tuple(printable(name, 400) for name in present if name not in files)
     checked = 0
     for name in (name for name in present if name in files):
         expected = files[name]
@@ -166,4 +177,5 @@ def verify(folder: Path) -> VerifyReport:
                 problems.append(f"{name}: tensor {tensor}: checksum {xxh3}, expected {wanted}")
     problems += [f"tensor {name}: missing" for name in tensors]
     both = sum(name in files for name in present)
-    return VerifyReport(both, checked, tuple(printable(problem, 400) for problem in problems))
+    damage = tuple(printable(problem, 400) for problem in problems)
+    return VerifyReport(both, checked, damage, unlisted)

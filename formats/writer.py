@@ -99,7 +99,8 @@ def write_config(
 ) -> None:
     """Durably write `config.json`: the source's, with our dtype and quantization.
 
-    `auto_map` is left out, because the Python files that it points to are never copied.
+    `auto_map` is left out, because the Python files that it points to are never copied, and
+    `_name_or_path`, an older transformers' note of where somebody had the model on disk.
 
     Args:
         folder: where it goes.
@@ -108,7 +109,7 @@ def write_config(
         dtype: of the 16-bit (or wider) tensors.
     """
     config = copy.deepcopy(dict(source_config))
-    for key in ("auto_map", "quantization_config"):
+    for key in ("auto_map", "quantization_config", "_name_or_path"):
         config.pop(key, None)
     # "torch_dtype" is the key's older name; a reader that knows only that one still exists.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:

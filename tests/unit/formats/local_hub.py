@@ -103,6 +103,8 @@ class LocalHub:
     """
 
     tokens = ("hf_member", "hf_guest")
+    handler: "type[Handler]"  # set below
+    says = "on request"  # along with a status that was asked for
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -110,7 +112,7 @@ class LocalHub:
         self.faults: list[Fault] = []
         self.page = ""  # HTML that is answered to everything, as a proxy's login does
         self.lock = threading.Lock()
-        self.servers = {name: _Server(self, name) for name in ("hub", "cdn")}
+        self.servers = {name: _Server(self, name, self.handler) for name in ("hub", "cdn")}
         self.url, self.cdn = (server.url for server in self.servers.values())
 
     def __enter__(self) -> "LocalHub":
@@ -184,8 +186,8 @@ class LocalHub:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, hub: LocalHub, name: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, hub: LocalHub, name: str, handler: "type[Handler]") -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.hub, self.name = hub, name
         self.connections: list[socket.socket] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -200,8 +202,11 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """One connection; a hub that can do more derives its own from it."""
+
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else headers and body of an answer come 40 ms apart
     server: _Server
 
     def log_message(self, format: str, *args: object) -> None:  # the hub keeps its own log
@@ -219,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             fault = self.hub.due(f"{self.command} {url.path}", body=False)
             if fault:
-                return self.refuse(Refusal(int(fault.kind), "on request"), fault.retry_after)
+                return self.refuse(Refusal(int(fault.kind), self.hub.says), fault.retry_after)
             if self.hub.page:
                 return self.reply(200, self.hub.page.encode(), {"Content-Type": "text/html"})
             self.route(unquote(url.path), token, body)
@@ -266,7 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
             {"rfilename": b.name, "size": b.size, "blobId": b.oid, "lfs": b.row().get("lfs")}
             for b in repo.commits[commit].values()
         ]
-        return {"_id": "0", "id": repo_id, "sha": commit, "siblings": siblings, "tags": []}
+        about = {"_id": "0", "id": repo_id, "private": repo.private, "tags": []}
+        return {**about, "sha": commit, "siblings": siblings}
 
     def resolve(self, repo_id: str, revision: str, name: str, token: str) -> None:
         repo = self.repository(repo_id, token)
@@ -336,3 +342,6 @@ class _Handler(BaseHTTPRequestHandler):
         if retry_after is not None:
             headers["Retry-After"] = str(retry_after)
         self.reply(refusal.status, json.dumps({"error": str(refusal)}).encode(), headers)
+
+
+LocalHub.handler = Handler

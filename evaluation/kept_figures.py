@@ -1,0 +1,81 @@
+"""Perplexity of a checkpoint and its base, measured once and kept beside the checkpoint.
+
+A push that has to be repeated, for a lost network or a full quota, does not measure again.
+`rilq.json` cannot say it: the losses in it are distances from the base on calibration rows.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rilq.calib.sources import describe_source, parse_source
+from rilq.errors import OutputError
+from rilq.evaluation.divergence import Divergence
+from rilq.evaluation.perplexity import Evaluation, evaluate
+from rilq.formats.durable import write_bytes
+from rilq.formats.verify import MANIFEST_NAME, file_hash
+from rilq.progress import Reporter
+
+
+def measure_once(
+    folder: Path,
+    base: str,
+    base_revision: str | None,
+    text: str,
+    *,
+    text_key: str,
+    seqlen: int | None,
+    device: str,
+    dtype: str,
+    report: Reporter,
+) -> Evaluation:
+    """The figures from `<folder>.rilq-eval.json`, if they answer this question, or new ones.
+
+    Args:
+        folder: a checkpoint with `rilq.json`, whose hash stands for its content.
+        base: what it was made from, known to be that; the other arguments are those of `evaluate`.
+
+    Raises:
+        RilqError: as of `evaluate`.
+    """
+    asked = {
+        "checkpoint": file_hash(folder / MANIFEST_NAME),
+        "text": describe_source(parse_source(text)),
+        "text_key": text_key,
+        "seqlen": seqlen,
+        "dtype": dtype,
+    }
+    place = folder.resolve()
+    place = place.with_name(f"{place.name}.rilq-eval.json")
+    if (kept := _read(place, asked)) is not None:
+        report.note(f"{place}: figures of an earlier push are used")
+        return kept
+    figures = evaluate(
+        str(folder),
+        text,
+        seqlen=seqlen,
+        against=base,
+        against_revision=base_revision,
+        device=device,
+        dtype=dtype,
+        text_key=text_key,
+        report=report,
+    )
+    content = json.dumps({"asked": asked, "figures": figures.as_dict()}, indent=2) + "\n"
+    try:
+        write_bytes(place, content.encode())
+    except OutputError as err:  # only a convenience
+        report.warn(str(err))
+    return figures
+
+
+def _read(path: Path, asked: Mapping[str, Any]) -> Evaluation | None:
+    try:
+        content = json.loads(path.read_bytes())
+        if content["asked"] != asked:
+            return None
+        figures = content["figures"]
+        return Evaluation(**{**figures, "against": Divergence(**figures["against"])})
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
+        return None
