@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rilq import __version__
+import rilq
 from rilq.errors import InputError, Interrupted, OptionError, RilqError
 from rilq.progress import LogReporter, Reporter, Reporters, RichReporter
 
@@ -331,11 +331,7 @@ def convert(
         _stoppable(f"state is in {options.work}"),
         _reporting(quiet, log_file, options.work) as report,
     ):
-        from rilq.converter import pipeline
-
-        job = pipeline.prepare(options, report)
-        _show_plan(job.plan, report)
-        result = pipeline.convert(job, report)
+        result = rilq.convert(options, report=report, planned=lambda plan: _show_plan(plan, report))
         report.note(
             f"{result.output}: already converted by this command"
             if result.already_done
@@ -347,7 +343,7 @@ def convert(
             "already_done": result.already_done,
             "quality": result.quality,
             "bytes_read": result.bytes_read,
-            "plan": job.plan.as_dict(),
+            "plan": result.plan.as_dict(),
         }, default=str))  # fmt: skip
 
 
@@ -361,15 +357,12 @@ def plan(
 ) -> None:
     """Show what `convert` would do and need; touches nothing."""
     with _stoppable("nothing was touched"), _reporting(quiet, log_file) as report:
-        from rilq.converter import pipeline
-        from rilq.converter.plan import check_fits
-
-        job = pipeline.prepare(options, report)
+        planned = rilq.plan(options, report=report)
     if as_json:
-        print(json.dumps(job.plan.as_dict(), default=str))
+        print(json.dumps(planned.as_dict(), default=str))
     else:
-        Console(highlight=False).print(_plan_table(job.plan))
-    check_fits(job.plan, job.machine)
+        Console(highlight=False).print(_plan_table(planned))
+    rilq.check_fits(planned)
 
 
 @app.command("eval")
@@ -398,9 +391,7 @@ def evaluate(
         _stoppable("nothing was kept"),
         _reporting(quiet, log_file) as report,
     ):
-        from rilq.evaluation.perplexity import evaluate as measure
-
-        result = measure(
+        result = rilq.evaluate(
             model,
             text,
             seqlen=seqlen,
@@ -497,9 +488,7 @@ def analyze(
             _stoppable("nothing was kept"),
             _reporting(quiet, log_file, options.output) as report,
         ):
-            from rilq.converter.analyze import analyze as compare
-
-            found = compare(options, report)
+            found = rilq.analyze(options, report)
             report.note(f"{options.output}: done")
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -521,9 +510,7 @@ def verify(
 ) -> None:
     """Check every hash in rilq.json."""
     with _user_errors():
-        from rilq.formats.verify import verify as check
-
-        found = check(folder)
+        found = rilq.verify(folder)
     if as_json:
         print(json.dumps({
             "files_checked": found.files_checked,
@@ -541,7 +528,7 @@ def verify(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"rilq {__version__}")
+        print(f"rilq {rilq.__version__}")
         raise typer.Exit
 
 

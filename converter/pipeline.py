@@ -28,7 +28,7 @@ from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss
-from rilq.converter.machine import Machine, measure_machine
+from rilq.converter.machine import measure_machine
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
@@ -55,12 +55,14 @@ class ConvertResult:
 
     Attributes:
         output: the published folder.
+        plan: what was decided.
         quality: figures as in `rilq.json`: errors per layer, validation losses, merge difference.
         bytes_read: of the checkpoint's tensors, by this run.
         already_done: the folder was there, from the same command; nothing was run.
     """
 
     output: Path
+    plan: Plan
     quality: dict[str, Any]
     bytes_read: int = 0
     already_done: bool = False
@@ -73,7 +75,6 @@ class Job:
     options: ConvertOptions
     checkpoint: Checkpoint
     streamed: StreamedModel
-    machine: Machine
     plan: Plan
 
 
@@ -98,7 +99,7 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     machine = measure_machine(options.device)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    return Job(options, checkpoint, streamed, machine, make_plan(streamed, options, machine))
+    return Job(options, checkpoint, streamed, make_plan(streamed, options, machine))
 
 
 def convert(job: Job, report: Reporter) -> ConvertResult:
@@ -112,11 +113,11 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     fingerprint = _fingerprint(job)
     if (quality := _finished(options.output, fingerprint)) is not None:
         _clean(options, fingerprint, report)
-        return ConvertResult(options.output, quality, already_done=True)
+        return ConvertResult(options.output, job.plan, quality, already_done=True)
     local = Path(options.model) if job.checkpoint.source.commit is None else None
     check_output(options.output, source=local, work=options.work)
     _check_work(options.work, local)
-    check_fits(job.plan, job.machine)
+    check_fits(job.plan)
     tokenizer = load_tokenizer(job.checkpoint)
     choices = {**asdict(job.plan.choices), "files": job.checkpoint.file_signatures()}
     with open_workdir(
@@ -130,7 +131,7 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
         if not options.keep_work:
             work.remove()
-    return ConvertResult(options.output, quality, job.checkpoint.bytes_read)
+    return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
 
 
 class _Conversion:

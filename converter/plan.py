@@ -99,6 +99,7 @@ class Plan:
         tied: embedding and head are one matrix.
         read_bytes: of the checkpoint.
         host_bytes, device_bytes: peak memory above the interpreter's own; on a CPU all is host.
+        host_free, device_free: what there was of it when this was planned.
         bits_per_weight: over the quantized linears of the decoder layers, scales and zero-points
             counted.
         bits_per_parameter: over all parameters of the output.
@@ -123,6 +124,8 @@ class Plan:
     read_bytes: int
     host_bytes: int
     device_bytes: int | None
+    host_free: int
+    device_free: int | None
     disks: tuple[Disk, ...]
     output_bytes: int
     bits_per_weight: float
@@ -225,6 +228,8 @@ def make_plan(
         read_bytes=_read_bytes(streamed),
         host_bytes=peak if on_cpu else sizes.host_bytes + rotating + FIXED,
         device_bytes=None if on_cpu else peak,
+        host_free=machine.host_free,
+        device_free=machine.device_free,
         disks=_disks(options, checkpoint, sizes.work_bytes(item, options), output),
         output_bytes=output,
         bits_per_weight=sizes.quantized_bits / max(1, sizes.quantized_weights),
@@ -235,7 +240,7 @@ def make_plan(
     )
 
 
-def check_fits(plan: Plan, machine: Machine) -> None:
+def check_fits(plan: Plan) -> None:
     """Refuse what cannot fit, before any work.
 
     Raises:
@@ -249,8 +254,8 @@ def check_fits(plan: Plan, machine: Machine) -> None:
                 "  make room, or put --output-dir, --work-dir or HF_HOME on another volume"
             )
     for what, needed, free in (
-        ("host memory", plan.host_bytes, machine.host_free),
-        (f"memory of {machine.name}", plan.device_bytes or 0, machine.device_free or 0),
+        ("host memory", plan.host_bytes, plan.host_free),
+        (f"memory of {plan.choices.device}", plan.device_bytes or 0, plan.device_free or 0),
     ):
         if needed > free:
             raise OptionError(
