@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -36,7 +36,7 @@ from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
-from rilq.converter.workdir import WorkDir, open_workdir, peek
+from rilq.converter.workdir import WorkDir, has_begun, open_workdir, peek
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import open_source
@@ -102,6 +102,20 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     return Job(options, checkpoint, streamed, make_plan(streamed, options, machine))
 
 
+def progress(job: Job) -> Literal["done", "begun", "new"]:
+    """How far earlier runs of this job have come; changes nothing.
+
+    Raises:
+        InputError: `convert` would refuse it, for what stands at its places.
+    """
+    fingerprint = _fingerprint(job)
+    if _finished(job.options.output, fingerprint) is not None:
+        return "done"
+    _check_places(job)
+    resumes = job.options.resume != "never" and has_begun(job.options.work, fingerprint)
+    return "begun" if resumes else "new"
+
+
 def convert(job: Job, report: Reporter) -> ConvertResult:
     """Convert a checkpoint as planned; see the README for what is written.
 
@@ -114,9 +128,7 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     if (quality := _finished(options.output, fingerprint)) is not None:
         _clean(options, fingerprint, report)
         return ConvertResult(options.output, job.plan, quality, already_done=True)
-    local = Path(options.model) if job.checkpoint.source.commit is None else None
-    check_output(options.output, source=local, work=options.work)
-    _check_work(options.work, local)
+    _check_places(job)
     check_fits(job.plan)
     tokenizer = load_tokenizer(job.checkpoint)
     choices = {**asdict(job.plan.choices), "files": job.checkpoint.file_signatures()}
@@ -486,8 +498,11 @@ def _finished(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | Non
     return dict(manifest["quality"]) if manifest.get("job") == job_hash(fingerprint) else None
 
 
-def _check_work(work: Path, source: Path | None) -> None:
-    """Nothing is ever written to the source folder, so the work folder cannot be in it."""
+def _check_places(job: Job) -> None:
+    """Nothing is ever written to the source folder, so the work folder cannot be in it either."""
+    work = job.options.work
+    source = Path(job.options.model) if job.checkpoint.source.commit is None else None
+    check_output(job.options.output, source=source, work=work)
     place = work.resolve()
     if source is not None and source.resolve() in (place, *place.parents):
         raise WorkDirError(

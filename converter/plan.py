@@ -40,6 +40,7 @@ from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import CHUNK
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
+from rilq.progress import gigabytes
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
 # Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
@@ -48,6 +49,7 @@ SEARCH_BYTES = 100 * 9 * 8
 ROTATE_BYTES = 100
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
+WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
 FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
 
 
@@ -79,12 +81,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes needed on one volume, and bytes free there."""
+    """Bytes needed on one volume, in all and for each thing that it holds, and bytes free there."""
 
     volume: str
     holds: str
     needed: int
     free: int
+    parts: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -263,15 +266,6 @@ def check_fits(plan: Plan) -> None:
                 "  lower --seqlen or --batch-size, use --student packed, or train less "
                 "(--train scales, or --rank 0)"
             )
-
-
-def gigabytes(count: float) -> str:
-    """Bytes for people, in powers of ten: `1.4 MB`, `22 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 @dataclass(frozen=True)
@@ -593,18 +587,23 @@ def _disks(
     """Bytes per volume; folders on one volume are added up."""
     needs: dict[int, Disk] = {}
     wanted: list[tuple[Path, str, int]] = [
-        (options.work, "the work folder", work),
-        (options.output, "the output", output),
+        (options.work, WORK, work),
+        (options.output, OUTPUT, output),
     ]
     cache, missing = checkpoint.source.to_fetch([*checkpoint.shards, *checkpoint.side_files()])
     if missing:
-        wanted.append((cache, "downloads", missing))
+        wanted.append((cache, DOWNLOADS, missing))
     for path, holds, needed in wanted:
         volume = volume_of(path)
         known = needs.get(volume.device)
-        if known is not None:
-            holds, needed = f"{known.holds} and {holds}", known.needed + needed
-        needs[volume.device] = Disk(str(volume.path), holds, needed, volume.free)
+        parts = (*(known.parts if known is not None else ()), (holds, needed))
+        needs[volume.device] = Disk(
+            str(volume.path),
+            " and ".join(name for name, _ in parts),
+            sum(size for _, size in parts),
+            volume.free,
+            parts,
+        )
     return tuple(needs.values())
 
 

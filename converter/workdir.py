@@ -237,6 +237,19 @@ def peek(path: Path) -> dict[str, Any] | None:
     return lines[0] if lines else None
 
 
+def has_begun(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a job has finished units here; looks without locking, and changes nothing.
+
+    Raises:
+        WorkDirError: what is there is another job's; see `open_workdir`.
+    """
+    lines, _ = read_lines(path)
+    if len(lines) < 2:  # with no unit, the job may as well be another one now
+        return False
+    _check_job(path, lines[0], fingerprint)
+    return True
+
+
 def _run_id(path: Path) -> str:
     """Not random: whoever deletes the folder and starts anew finds the old staging folder."""
     return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()}:{path.resolve()}".encode()))
