@@ -97,6 +97,7 @@ def read_jobs(path: Path, command: ConvertCommand) -> list[BatchJob]:
         written = []
     for key in {"name", "matrix"} & defaults.keys():
         problems.add("defaults", f"{key}: belongs to a job")
+        del defaults[key]
     jobs = []
     for number, mapping in enumerate(written, start=1):
         for name, options in _expanded(defaults, mapping, f"job {number}", problems):
@@ -227,7 +228,7 @@ def _job(
     try:
         made = command.make(command.read(arguments))
     except OptionError as err:
-        wrong.append(str(err))
+        wrong += re.split(r"\n(?! )", str(err))  # a line that is not indented is another mistake
     for message in wrong:
         problems.add(name, message)
     return None if wrong else BatchJob(name, tuple(arguments), made)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from rilq.batch.jobs import BatchJob
@@ -108,18 +108,24 @@ def look_ahead(jobs: Sequence[BatchJob], report: Reporter) -> dict[str, Outlook]
     report.stage("plan", len(jobs), "job")
     found: dict[str, Outlook] = {}
     wrong: list[str] = []
-    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_leave_stops)
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_look_at_all, args=([j.options for j in jobs], theirs))
+    child.start()
+    theirs.close()  # so that the end of the child is the end of what it sends
     try:
-        for job, outlook in zip(jobs, pool.map(_look, [j.options for j in jobs]), strict=True):
+        for count, job in enumerate(jobs, start=1):
+            outlook = ours.recv()
             if isinstance(outlook, str):
-                wrong.append(f"{job.name}: {outlook}".replace("\n", "\n  "))
+                wrong.append(f"{job.name}: {outlook}".replace("\n", "\n    "))
             else:
                 found[job.name] = outlook
-            report.step(len(found) + len(wrong))
-    except BrokenProcessPool as err:
+            report.step(count)
+    except EOFError as err:
         raise RilqError("the process that plans the jobs was killed; run again") from err
     finally:
-        pool.shutdown(cancel_futures=True)
+        child.terminate()
+        child.join()
     if wrong:
         raise InputError("nothing was started\n" + "\n".join(f"  {line}" for line in wrong))
     return found
@@ -181,17 +187,15 @@ def _largest(sizes: Iterable[int], count: int) -> int:
 # ---- in the child process ------------------------------------------------------------------------
 
 
-def _leave_stops() -> None:
-    """Ctrl-C reaches the whole process group; the parent answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _look(options: ConvertOptions) -> Outlook | str:
-    """What is known of a job, or what is wrong with it."""
-    try:
-        return _outlook(options)
-    except RilqError as err:
-        return str(err)
+def _look_at_all(jobs: list[ConvertOptions], answers: Connection) -> None:
+    """Send what is known of each job, or what is wrong with it, until nobody listens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent too, which ends this
+    with suppress(BrokenPipeError):
+        for options in jobs:
+            try:
+                answers.send(_outlook(options))
+            except RilqError as err:
+                answers.send(str(err))
 
 
 def _outlook(options: ConvertOptions) -> Outlook:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -151,7 +152,7 @@ class _Scheduler:
                 env=os.environ | _environment(wanted, device),
                 pass_fds=() if self.state.lock is None else (self.state.lock,),
                 start_new_session=True,  # Ctrl-C is the batch's, which tells its jobs once
-                preexec_fn=_end_with_parent(),
+                preexec_fn=_end_with_batch,
             )
         self.running.append(_Running(job, process, device, time.monotonic(), log, begin))
         self._now(job.name, state="running", device=device)
@@ -196,12 +197,10 @@ def _environment(wanted: str, device: str) -> dict[str, str]:
     return {**safe, "CUDA_VISIBLE_DEVICES": device} if device and wanted == "cuda" else safe
 
 
-def _end_with_parent() -> Callable[[], object] | None:
-    """For a child to call first: SIGTERM when the batch is killed, however. Linux only."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is None:
-        return None
-    return lambda: prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _end_with_batch() -> None:
+    """For a job to call first: SIGTERM when the batch is killed, however. Linux only."""
+    with suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _last_line(log: Path) -> str:
