@@ -77,7 +77,7 @@ class LiveDisplay:
     """A table on a terminal, drawn anew at each look. No thread draws it, so jobs start safely."""
 
     def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, auto_refresh=False)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> LiveDisplay:
         self._live.start()

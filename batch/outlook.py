@@ -13,12 +13,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rilq.batch.jobs import BatchJob
 from rilq.converter.options import ConvertOptions
 from rilq.errors import InputError, OptionError, OutputError, RilqError
 from rilq.progress import Reporter, SilentReporter, gigabytes
+
+if TYPE_CHECKING:
+    from rilq.converter.plan import Plan
+    from rilq.formats.source import Source
 
 Progress = Literal["done", "begun", "new"]
 
@@ -213,24 +217,25 @@ def _outlook(options: ConvertOptions) -> Outlook:
             + (f" and {len(problems) - 1} more" if len(problems) > 1 else "")
             + "\n  delete the folder, to convert it again"
         )
-    if progress != "done":
-        check_fits(replace(job.plan, disks=()))  # disks are for all jobs together
+    plan = job.plan
+    if progress == "done":  # at most, it is run to say so
+        plan = replace(plan, disks=(), seconds=0.0, host_bytes=0)
+    check_fits(replace(plan, disks=()))  # disks are for all jobs together
     return Outlook(
         progress=progress,
-        device=job.plan.choices.device,
+        device=plan.choices.device,
         devices=torch.cuda.device_count(),
-        seconds=job.plan.seconds,
-        host_bytes=job.plan.host_bytes,
-        host_free=job.plan.host_free,
-        needs=tuple(_needs(job, options)),
+        seconds=plan.seconds,
+        host_bytes=plan.host_bytes,
+        host_free=plan.host_free,
+        needs=tuple(_needs(plan, job.checkpoint.source, options)),
     )
 
 
-def _needs(job: Any, options: ConvertOptions) -> Iterator[Need]:
+def _needs(plan: Plan, source: Source, options: ConvertOptions) -> Iterator[Need]:
     from rilq.converter.plan import DOWNLOADS, WORK
 
-    source = job.checkpoint.source
-    for disk in job.plan.disks:
+    for disk in plan.disks:
         device = os.stat(disk.volume).st_dev
         for holds, needed in disk.parts:
             of = f"{source.label}@{source.commit}" if holds == DOWNLOADS else options.output

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from rilq.batch.jobs import read_jobs
 from rilq.batch.outlook import _outlook
 from rilq.cli import _convert_command
 from rilq.converter.journal import hold_lock, read_lines
-from rilq.errors import InputError, RilqError
+from rilq.errors import InputError, RilqError, WorkDirError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
@@ -28,21 +29,29 @@ TINY = {
 Run = Callable[..., Any]
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
+Batch: TypeAlias = "subprocess.Popen[str]"
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[Batch]:
     """The command in a process and a process group of its own, from another folder."""
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "rilq", "batch", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd="/",
         start_new_session=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
+    with started(*arguments) as process:
+        out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -151,11 +160,15 @@ def test_outlook_tells_done_from_changed_damaged_and_impossible(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(RilqError, match="out/a: finished, but damaged since: model-0000"):
+    with pytest.raises(RilqError, match="out/a: finished, but damaged since: model.safetensors: "):
         outlook()
 
 
-def test_examples_are_valid(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documented = (EXAMPLES.parent / "docs" / "batch.md").read_text()
+    (tmp_path / "jobs.yaml").write_text(documented.split("```yaml")[1].split("```")[0])
+    names = [job.name for job in read_jobs(tmp_path / "jobs.yaml", _convert_command())]
+    assert names[0] == "Llama-3.2-1B-bits2-rank8" and names[4:] == ["best"]
     monkeypatch.chdir(EXAMPLES)
     jobs = read_jobs(Path("batch.yaml"), _convert_command())
     assert len({(job.options.bits, job.options.rank) for job in jobs}) == 4
@@ -190,34 +203,40 @@ def test_example_batch_with_a_job_that_fails_is_finished_by_a_rerun(tmp_path: Pa
     assert all((tmp_path / "demo-out" / name / "rilq.json").is_file() for name in names)
 
 
-def wait_for(text: str, log: Path, process: "subprocess.Popen[str]") -> None:
+def wait_for(text: str, log: Path, process: Batch) -> None:
     deadline = time.monotonic() + 120
     while not log.is_file() or text not in log.read_text():
         assert process.poll() is None and time.monotonic() < deadline, log
         time.sleep(0.1)
 
 
+def wait_until_free(state: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(WorkDirError), hold_lock(state, "--state-dir"):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{state} stays locked")
+
+
 @pytest.mark.slow
 def test_killed_and_stopped_batches_go_on_to_the_bytes_of_an_unbroken_job(
     write: Callable[..., Path], run_cli: Run, tmp_path: Path, hashes: Run
 ) -> None:
-    file = write({"name": "a"}, {"name": "b"}, steps=1500, **{"val-every": 10, "patience": 500})
+    file = write({"name": "a"}, {"name": "b"}, steps=500, **{"val-every": 10, "patience": 500})
     log = tmp_path / "jobs.rilq-batch" / "logs" / "a.log"
-    process = start(file)
-    wait_for("train: step", log, process)
-    process.kill()
-    process.communicate()
-    # The job hears of it, keeps its state, and only then gives the batch's lock free.
-    deadline = time.monotonic() + 60
-    while "stopped by SIGTERM" not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    with started(file) as process:
+        wait_for("train: step", log, process)
+        process.kill()
+    # Its job hears of that, keeps its state, and only with its end is the batch's lock free.
+    wait_until_free(file.with_name("jobs.rilq-batch"))
+    assert "stopped by SIGTERM" in log.read_text() and ended(file) == []
     log.unlink()
-    process = start(file)
-    wait_for("train: step", log, process)
-    assert "continuing after" in log.read_text()
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    with started(file) as process:
+        wait_for("train: step", log, process)
+        assert "continuing after" in log.read_text()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "run the same command again" in err
     assert ended(file) == [("a", 75)] and "Traceback" not in err + log.read_text()
 
