@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,13 +16,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rilq import __version__
+import rilq
 from rilq.errors import InputError, Interrupted, OptionError, RilqError
-from rilq.progress import LogReporter, Reporter, Reporters, RichReporter
+from rilq.progress import LogReporter, Reporter, Reporters, RichReporter, duration, gigabytes
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    from rilq.batch.jobs import ConvertCommand
     from rilq.converter.analysis import Analysis
     from rilq.converter.options import ConvertOptions
     from rilq.converter.plan import Plan
@@ -41,6 +42,9 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
+
+# Of click, or of the copy of it that newer versions of typer have.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 _BASE, _DATA, _TRAIN = "Quantization", "Calibration", "RILQ training"
 _MACHINE, _OUT, _PUSH = "Machine", "Output", "Push to the Hub"
@@ -304,6 +308,40 @@ def _pattern_bits(text: str) -> tuple[str, int]:
     return pattern, int(bits)
 
 
+def _convert_command() -> "ConvertCommand":
+    """What a batch file may say of a job: the options of `convert`, read as its command line."""
+    from rilq.batch.jobs import ConvertCommand, Option
+
+    shared = inspect.signature(_convert_options).parameters
+    group: Any = typer.main.get_command(app)
+    command = group.commands["convert"]
+    options = {
+        name.removeprefix("--"): Option(
+            flag=parameter.is_flag,
+            repeatable=parameter.multiple,
+            off=next(iter(parameter.secondary_opts), None),
+        )
+        for parameter in command.params
+        for name in parameter.opts
+        if parameter.param_type_name == "option"
+        and name.startswith("--")
+        # The batch itself says how its jobs report.
+        and parameter.name not in ("help", "quiet", "as_json", "log_file")
+    }
+
+    def read(words: Sequence[str]) -> dict[str, Any]:
+        try:
+            with command.make_context("convert", list(words)) as context:
+                return dict(context.params)
+        except _UsageError as err:
+            raise OptionError(err.format_message()) from err
+
+    def make(values: Mapping[str, Any]) -> "ConvertOptions":
+        return _convert_options(**{name: values[name] for name in shared})
+
+    return ConvertCommand(options, read, make)
+
+
 def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command `(options, *, quiet, as_json, log_file)` the options of a conversion."""
     own = list(inspect.signature(command).parameters.values())[1:]
@@ -382,7 +420,7 @@ def convert(
             "already_done": result.already_done,
             "quality": result.quality,
             "bytes_read": result.bytes_read,
-            "plan": job.plan.as_dict(),
+            "plan": result.plan.as_dict(),
             "pushed": pushed and pushed.as_dict(),
         }, default=str))  # fmt: skip
 
@@ -397,15 +435,12 @@ def plan(
 ) -> None:
     """Show what `convert` would do and need; touches nothing."""
     with _stoppable("nothing was touched"), _reporting(quiet, log_file) as report:
-        from rilq.converter import pipeline
-        from rilq.converter.plan import check_fits
-
-        job = pipeline.prepare(options, report)
+        planned = rilq.plan(options, report=report)
     if as_json:
-        print(json.dumps(job.plan.as_dict(), default=str))
+        print(json.dumps(planned.as_dict(), default=str))
     else:
-        Console(highlight=False).print(_plan_table(job.plan))
-    check_fits(job.plan, job.machine)
+        Console(highlight=False).print(_plan_table(planned))
+    rilq.check_fits(planned)
 
 
 @app.command("eval")
@@ -434,9 +469,7 @@ def evaluate(
         _stoppable("nothing was kept"),
         _reporting(quiet, log_file) as report,
     ):
-        from rilq.evaluation.perplexity import evaluate as measure
-
-        result = measure(
+        result = rilq.evaluate(
             model,
             text,
             seqlen=seqlen,
@@ -533,9 +566,7 @@ def analyze(
             _stoppable("nothing was kept"),
             _reporting(quiet, log_file, options.output) as report,
         ):
-            from rilq.converter.analyze import analyze as compare
-
-            found = compare(options, report)
+            found = rilq.analyze(options, report)
             report.note(f"{options.output}: done")
     if as_json:
         print(json.dumps(found.as_dict()))
@@ -551,15 +582,92 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 @app.command()
+def batch(
+    file: Annotated[Path, typer.Argument(help="YAML file of jobs; see docs/batch.md.")],
+    max_parallel: Annotated[int, typer.Option(help="Jobs at once; one to a GPU.", min=1)] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Jobs that fit this shell pattern; repeatable.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Only jobs that failed the last time.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and plan all jobs, run none.")
+    ] = False,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Logs and state. (default: <file>.rilq-batch)")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert many models; run it again to do what is not done."""
+    from rilq.batch.display import (
+        LinesDisplay,
+        LiveDisplay,
+        failure,
+        plan_lines,
+        status_dict,
+        status_table,
+    )
+    from rilq.batch.jobs import read_jobs, select
+    from rilq.batch.outlook import check_fits_together, look_ahead, merge
+    from rilq.batch.run import run_batch
+    from rilq.batch.state import look_at_state, open_state, state_folder
+
+    place = (state_dir or state_folder(file)).absolute()
+    with _user_errors(), _stoppable(f"state is in {place}"), ExitStack() as stack:
+        _change_folder(file)
+        jobs = select(read_jobs(Path(file.name), _convert_command()), only or ())
+        state = look_at_state(place) if dry_run else stack.enter_context(open_state(place))
+        if retry_failed:
+            jobs = [job for job in jobs if state.failed(job)]
+        with _reporting(quiet, None, place) as report:
+            outlooks = look_ahead(jobs, report)
+            todo = {
+                job.name: outlooks[job.name]
+                for job in jobs
+                if outlooks[job.name].progress != "done" or not state.succeeded(job)
+            }
+            merged = merge(todo, max_parallel)
+            for line in () if dry_run else plan_lines(merged):
+                report.note(line)
+        if dry_run:
+            print(json.dumps(merged.as_dict()) if as_json else "\n".join(plan_lines(merged)))
+        check_fits_together(merged)
+        if dry_run:
+            return
+        show = LinesDisplay(sys.stderr, quiet=quiet).show
+        if sys.stderr.isatty() and not quiet:
+            show = stack.enter_context(LiveDisplay(Console(stderr=True))).show
+        ended = run_batch(jobs, todo, state, parallel=max_parallel, show=show)
+    if as_json:
+        print(json.dumps({"jobs": [status_dict(status) for status in ended]}))
+    else:
+        Console(highlight=False).print(status_table(ended))
+    for status in ended:
+        if status.state == "failed":
+            print(f"rilq: {status.job.name}: {failure(status)}", file=sys.stderr)
+    states = {status.state for status in ended}
+    if states & {"failed", "stopped"}:
+        raise typer.Exit(1 if "failed" in states else Interrupted.exit_code)
+
+
+def _change_folder(file: Path) -> None:
+    """Go where a batch file is: its paths are meant from there, whoever runs it."""
+    try:
+        os.chdir(file.absolute().parent)
+    except OSError as err:
+        raise InputError(f"{file}: cannot be read: {err.strerror or err}") from err
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
     as_json: AsJson = False,
 ) -> None:
     """Check every hash in rilq.json."""
     with _user_errors():
-        from rilq.formats.verify import verify as check
-
-        found = check(folder)
+        found = rilq.verify(folder)
     if as_json:
         print(json.dumps({
             "files_checked": found.files_checked,
@@ -637,7 +745,7 @@ def push(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"rilq {__version__}")
+        print(f"rilq {rilq.__version__}")
         raise typer.Exit
 
 
@@ -667,8 +775,6 @@ def _show_push(result: "PushResult", report: Reporter) -> None:
 
 
 def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
-    from rilq.converter.plan import gigabytes
-
     choices = plan.choices
     specs = sorted({(p.spec.bits, p.spec.group_size) for p in plan.quantized if p.spec})
     shown = ", ".join(f"{bits} bits, groups of {size}" for bits, size in specs)
@@ -695,7 +801,7 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
                    f"({d.holds})") for d in plan.disks),
         ("output", f"{gigabytes(plan.output_bytes)}: {plan.bits_per_weight:.2f} bits per "
                    f"quantized weight, {plan.bits_per_parameter:.2f} per parameter"),
-        ("time", f"about {_duration(plan.seconds)}: {plan.time_basis}"),
+        ("time", f"about {duration(plan.seconds)}: {plan.time_basis}"),
     ]  # fmt: skip
     return rows + [("note", note) for note in plan.notes]
 
@@ -703,10 +809,6 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
 def _outer_bits(plan: "Plan", bits: int) -> str:
     sizes = {p.spec.group_size for p in plan.outer if p.spec and p.spec.bits == bits}
     return "".join(f"{bits} bits, groups of {size}" for size in sizes) or "as in the source"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _plan_table(plan: "Plan") -> Table:

@@ -172,6 +172,22 @@ class Reporters:
             reporter.warn(message)
 
 
+def gigabytes(count: float) -> str:
+    """Bytes for people, in powers of ten: `1.4 MB`, `22 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `95 s`, `12 min`, `5.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def usage(folder: Path) -> str:
     """Resident memory of this process, memory it holds on a GPU, and free space, for people.
 

@@ -61,7 +61,7 @@ def analyze(options: AnalyzeOptions, report: Reporter) -> Analysis:
     with _temporary(options.output) as folder:
         job = prepare(options.conversion(folder), report)
         _check(job, options)
-        check_fits(job.plan, job.machine)
+        check_fits(job.plan)
         rows, held_out = _text(job, options, report)
         with open_workdir(
             job.options.work, {}, {"files": {}}, resume="never", report=report

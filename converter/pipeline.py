@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
@@ -28,7 +28,7 @@ from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss
-from rilq.converter.machine import Machine, measure_machine
+from rilq.converter.machine import measure_machine
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
@@ -36,7 +36,7 @@ from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
-from rilq.converter.workdir import WorkDir, open_workdir, peek
+from rilq.converter.workdir import WorkDir, has_begun, open_workdir, peek
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import open_source
@@ -55,12 +55,14 @@ class ConvertResult:
 
     Attributes:
         output: the published folder.
+        plan: what was decided.
         quality: figures as in `rilq.json`: errors per layer, validation losses, merge difference.
         bytes_read: of the checkpoint's tensors, by this run.
         already_done: the folder was there, from the same command; nothing was run.
     """
 
     output: Path
+    plan: Plan
     quality: dict[str, Any]
     bytes_read: int = 0
     already_done: bool = False
@@ -73,7 +75,6 @@ class Job:
     options: ConvertOptions
     checkpoint: Checkpoint
     streamed: StreamedModel
-    machine: Machine
     plan: Plan
 
 
@@ -98,7 +99,21 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     machine = measure_machine(options.device)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    return Job(options, checkpoint, streamed, machine, make_plan(streamed, options, machine))
+    return Job(options, checkpoint, streamed, make_plan(streamed, options, machine))
+
+
+def progress(job: Job) -> Literal["done", "begun", "new"]:
+    """How far earlier runs of this job have come; changes nothing.
+
+    Raises:
+        InputError: `convert` would refuse it, for what stands at its places.
+    """
+    fingerprint = _fingerprint(job)
+    if _finished(job.options.output, fingerprint) is not None:
+        return "done"
+    _check_places(job)
+    resumes = job.options.resume != "never" and has_begun(job.options.work, fingerprint)
+    return "begun" if resumes else "new"
 
 
 def convert(job: Job, report: Reporter) -> ConvertResult:
@@ -112,11 +127,9 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     fingerprint = _fingerprint(job)
     if (quality := _finished(options.output, fingerprint)) is not None:
         _clean(options, fingerprint, report)
-        return ConvertResult(options.output, quality, already_done=True)
-    local = Path(options.model) if job.checkpoint.source.commit is None else None
-    check_output(options.output, source=local, work=options.work)
-    _check_work(options.work, local)
-    check_fits(job.plan, job.machine)
+        return ConvertResult(options.output, job.plan, quality, already_done=True)
+    _check_places(job)
+    check_fits(job.plan)
     tokenizer = load_tokenizer(job.checkpoint)
     choices = {**asdict(job.plan.choices), "files": job.checkpoint.file_signatures()}
     with open_workdir(
@@ -130,7 +143,7 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
         if not options.keep_work:
             work.remove()
-    return ConvertResult(options.output, quality, job.checkpoint.bytes_read)
+    return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
 
 
 class _Conversion:
@@ -490,8 +503,11 @@ def _finished(output: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | Non
     return dict(manifest["quality"]) if manifest.get("job") == job_hash(fingerprint) else None
 
 
-def _check_work(work: Path, source: Path | None) -> None:
-    """Nothing is ever written to the source folder, so the work folder cannot be in it."""
+def _check_places(job: Job) -> None:
+    """Nothing is ever written to the source folder, so the work folder cannot be in it either."""
+    work = job.options.work
+    source = Path(job.options.model) if job.checkpoint.source.commit is None else None
+    check_output(job.options.output, source=source, work=work)
     place = work.resolve()
     if source is not None and source.resolve() in (place, *place.parents):
         raise WorkDirError(

@@ -40,6 +40,7 @@ from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import CHUNK
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
+from rilq.progress import gigabytes
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
 # Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
@@ -48,6 +49,7 @@ SEARCH_BYTES = 100 * 9 * 8
 ROTATE_BYTES = 100
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
+WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
 FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
 
 
@@ -79,12 +81,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes needed on one volume, and bytes free there."""
+    """Bytes needed on one volume, in all and for each thing that it holds, and bytes free there."""
 
     volume: str
     holds: str
     needed: int
     free: int
+    parts: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Plan:
         tied: embedding and head are one matrix.
         read_bytes: of the checkpoint.
         host_bytes, device_bytes: peak memory above the interpreter's own; on a CPU all is host.
+        host_free, device_free: what there was of it when this was planned.
         bits_per_weight: over the quantized linears of the decoder layers, scales and zero-points
             counted.
         bits_per_parameter: over all parameters of the output.
@@ -123,6 +127,8 @@ class Plan:
     read_bytes: int
     host_bytes: int
     device_bytes: int | None
+    host_free: int
+    device_free: int | None
     disks: tuple[Disk, ...]
     output_bytes: int
     bits_per_weight: float
@@ -225,6 +231,8 @@ def make_plan(
         read_bytes=_read_bytes(streamed),
         host_bytes=peak if on_cpu else sizes.host_bytes + rotating + FIXED,
         device_bytes=None if on_cpu else peak,
+        host_free=machine.host_free,
+        device_free=machine.device_free,
         disks=_disks(options, checkpoint, sizes.work_bytes(item, options), output),
         output_bytes=output,
         bits_per_weight=sizes.quantized_bits / max(1, sizes.quantized_weights),
@@ -235,7 +243,7 @@ def make_plan(
     )
 
 
-def check_fits(plan: Plan, machine: Machine) -> None:
+def check_fits(plan: Plan) -> None:
     """Refuse what cannot fit, before any work.
 
     Raises:
@@ -249,8 +257,8 @@ def check_fits(plan: Plan, machine: Machine) -> None:
                 "  make room, or put --output-dir, --work-dir or HF_HOME on another volume"
             )
     for what, needed, free in (
-        ("host memory", plan.host_bytes, machine.host_free),
-        (f"memory of {machine.name}", plan.device_bytes or 0, machine.device_free or 0),
+        ("host memory", plan.host_bytes, plan.host_free),
+        (f"memory of {plan.choices.device}", plan.device_bytes or 0, plan.device_free or 0),
     ):
         if needed > free:
             raise OptionError(
@@ -258,15 +266,6 @@ def check_fits(plan: Plan, machine: Machine) -> None:
                 "  lower --seqlen or --batch-size, use --student packed, or train less "
                 "(--train scales, or --rank 0)"
             )
-
-
-def gigabytes(count: float) -> str:
-    """Bytes for people, in powers of ten: `1.4 MB`, `22 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 @dataclass(frozen=True)
@@ -588,18 +587,23 @@ def _disks(
     """Bytes per volume; folders on one volume are added up."""
     needs: dict[int, Disk] = {}
     wanted: list[tuple[Path, str, int]] = [
-        (options.work, "the work folder", work),
-        (options.output, "the output", output),
+        (options.work, WORK, work),
+        (options.output, OUTPUT, output),
     ]
     cache, missing = checkpoint.source.to_fetch([*checkpoint.shards, *checkpoint.side_files()])
     if missing:
-        wanted.append((cache, "downloads", missing))
+        wanted.append((cache, DOWNLOADS, missing))
     for path, holds, needed in wanted:
         volume = volume_of(path)
         known = needs.get(volume.device)
-        if known is not None:
-            holds, needed = f"{known.holds} and {holds}", known.needed + needed
-        needs[volume.device] = Disk(str(volume.path), holds, needed, volume.free)
+        parts = (*(known.parts if known is not None else ()), (holds, needed))
+        needs[volume.device] = Disk(
+            str(volume.path),
+            " and ".join(name for name, _ in parts),
+            sum(size for _, size in parts),
+            volume.free,
+            parts,
+        )
     return tuple(needs.values())
 
 

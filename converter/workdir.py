@@ -12,23 +12,20 @@ damaged file is done again from its first unit. State files are never overwritte
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
+from rilq.converter.journal import append_line, hold_lock, make_folder, read_lines
 from rilq.errors import WorkDirError
-from rilq.formats.durable import sync_folder
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
@@ -110,7 +107,7 @@ class WorkDir:
             tuple(self._key(p) for p in passing),
         )
         reached(f"{stage}:written")
-        _append(self.path, _record_line(record))
+        append_line(self.path, _record_line(record))
         self.records.append(record)
         reached(f"{stage}:committed")
         for key in before[-1].passing if before else ():
@@ -122,7 +119,7 @@ class WorkDir:
         """Forget a stage's units and all that came after them."""
         keep = next((i for i, r in enumerate(self.records) if r.stage == stage), len(self.records))
         gone, self.records = self.records[keep:], self.records[:keep]
-        _append(self.path, {"drop": keep})
+        append_line(self.path, {"drop": keep})
         for record in gone:
             for key in record.files:
                 (self.path / key).unlink(missing_ok=True)
@@ -198,17 +195,17 @@ def open_workdir(
         WorkDirError: held by another run; of another job (with the list of differences); from
             another version of the state; nothing to resume where it is required.
     """
-    _make_folder(path)
+    make_folder(path, "--work-dir")
     strangers = sorted(p.name for p in path.iterdir())
     if strangers and not {"rilq.lock", "journal.jsonl"} & set(strangers):
         raise WorkDirError(
             f"{path}: not a work folder: it holds {', '.join(strangers[:5])}\n"
             "  pass --work-dir with a new or empty folder"
         )
-    with _lock(path):
+    with hold_lock(path, "--work-dir"):
         if resume == "never":
             (path / "journal.jsonl").unlink(missing_ok=True)
-        lines, good = _read_journal(path)
+        lines, good = read_lines(path)
         if good is not None:
             report.warn(
                 f"{path / 'journal.jsonl'}: torn or damaged after {len(lines)} lines; "
@@ -227,7 +224,7 @@ def open_workdir(
                 "fingerprint": dict(fingerprint),
                 "choices": dict(choices),
             }
-            _append(path, job)
+            append_line(path, job)
             reached("job:committed")
             lines = [job]
         _check_job(path, lines[0], fingerprint)
@@ -236,8 +233,21 @@ def open_workdir(
 
 def peek(path: Path) -> dict[str, Any] | None:
     """The job line of an unfinished work folder, without locking it; None if there is none."""
-    lines, _ = _read_journal(path)
+    lines, _ = read_lines(path)
     return lines[0] if lines else None
+
+
+def has_begun(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a job has finished units here; looks without locking, and changes nothing.
+
+    Raises:
+        WorkDirError: what is there is another job's; see `open_workdir`.
+    """
+    lines, _ = read_lines(path)
+    if len(lines) < 2:  # with no unit, the job may as well be another one now
+        return False
+    _check_job(path, lines[0], fingerprint)
+    return True
 
 
 def _run_id(path: Path) -> str:
@@ -251,111 +261,6 @@ _OURS = re.compile(r"[^.].*\.(safetensors|bin)|\..+\.[0-9a-f]{16}\.tmp")
 
 def _is_ours(path: Path) -> bool:
     return _OURS.fullmatch(path.name) is not None and (path.is_symlink() or path.is_file())
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as err:
-        raise WorkDirError(
-            f"{path}: the work folder cannot be made: {err.strerror}\n"
-            "  pass --work-dir with a folder on a volume that can be written"
-        ) from err
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise WorkDirError(f"{path}: the work folder cannot be written\n  pass another --work-dir")
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `rilq.lock` for as long as the run lasts; the kernel frees it if the run is killed."""
-    lock = path / "rilq.lock"
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-    with ExitStack() as stack:
-        try:
-            handle = os.open(lock, flags, 0o600)
-            file = stack.enter_context(os.fdopen(handle, "r+b", buffering=0))
-            _take_lock(file, lock)
-        except OSError as err:
-            raise WorkDirError(
-                f"{lock}: cannot be used: {err.strerror}\n"
-                "  delete it if no run is using this folder, or pass another --work-dir"
-            ) from err
-        stack.callback(file.truncate, 0)
-        yield
-
-
-def _take_lock(file: FileIO, lock: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise WorkDirError(
-            f"{lock.parent}: in use by {_holder(file) or 'another run'}\n"
-            "  wait for it, stop it, or pass another --work-dir"
-        ) from None
-    holder, host = _holder(file), socket.gethostname()
-    # Some network file systems grant every flock, so a holder elsewhere may still be alive.
-    if holder and f" on host {host} " not in holder:
-        raise WorkDirError(
-            f"{lock.parent}: last held by {holder}\n"
-            f"  if that run is over, delete {lock} and run again"
-        )
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    file.truncate(0)
-    file.seek(0)
-    file.write(f"pid {os.getpid()} on host {host} since {since}\n".encode())
-
-
-def _holder(file: FileIO) -> str:
-    """Who wrote the lock file; nothing if that is not what `_take_lock` writes."""
-    text = file.read(200).decode(errors="replace").strip()
-    return text if re.fullmatch(r"pid \d+ on host \S+ since [\d: -]+", text) else ""
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add one checksummed line to the journal and sync it."""
-    body = json.dumps(line, sort_keys=True)
-    text = json.dumps({"line": body, "sum": xxhash.xxh3_128_hexdigest(body.encode())}) + "\n"
-    journal = path / "journal.jsonl"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        with os.fdopen(os.open(journal, flags, 0o600), "ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(path)
-    except OSError as err:
-        raise WorkDirError(
-            f"{journal}: cannot be written: {err.strerror}\n"
-            "  make room on that volume, then run the same command again"
-        ) from err
-
-
-def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int | None]:
-    """Lines up to the first damaged one, and where the journal must be cut if there is one."""
-    journal = path / "journal.jsonl"
-    if not journal.is_file():
-        return [], None
-    lines: list[dict[str, Any]] = []
-    good = 0
-    raw = journal.read_bytes()
-    for text in raw.splitlines(keepends=True):
-        body = _checked(text)
-        if body is None:
-            break
-        lines.append(body)
-        good += len(text)
-    return lines, good if good < len(raw) else None
-
-
-def _checked(text: bytes) -> dict[str, Any] | None:
-    try:
-        outer = json.loads(text)
-        body = outer["line"]
-        if not text.endswith(b"\n") or outer["sum"] != xxhash.xxh3_128_hexdigest(body.encode()):
-            return None
-        return dict(json.loads(body))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
 
 
 def _check_job(path: Path, job: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:

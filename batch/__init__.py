@@ -1,0 +1,1 @@
+"""`rilq batch`: many conversions from one file, each in a process of its own."""
