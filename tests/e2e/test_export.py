@@ -37,51 +37,6 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[object, ...]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[object, Path]:
-    """Native checkpoints that an earlier test has made."""
-    return {}
-
-
-@pytest.fixture
-def native(
-    made: dict[object, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    make_model: Run,
-    run_cli: Run,
-    calib: Path,
-) -> Callable[..., Path]:
-    """`native(model_type, overrides, *options)`: a converted random model."""
-
-    def convert(model_type: str, overrides: dict[str, Any], *options: object) -> Path:
-        key = (model_type, str(overrides), options)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("native")
-            source = make_model(folder / "source", model_type, **overrides)
-            (source / "chat_template.jinja").write_text("{{ messages }}")
-            ended = run_cli(
-                *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
-                *("--seqlen", 24, "--quantizer", "rtn", "--rank", 0, "--device", "cpu"),
-                *("--max-shard-size", "60kB", "-o", folder / "out", *options),
-            )
-            assert ended.code == 0, ended.err
-            made[key] = folder / "out"
-        return made[key]
-
-    return convert
-
-
-@pytest.fixture
-def export(run_cli: Run) -> Run:
-    """`export(folder, out, *kinds, more=())`: the command, on the CPU."""
-
-    def run(folder: Path, out: Path, *kinds: str, more: tuple[object, ...] = ()) -> Any:
-        wanted = [word for kind in kinds for word in ("--to", kind)]
-        return run_cli("export", folder, *wanted, "-o", out, "--device", "cpu", *more)
-
-    return run
-
-
 def load(native: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(native, dtype=torch.float32)
 
