@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from rilq.converter.plan import check_fits as check_fits
     from rilq.errors import InputError as InputError
     from rilq.errors import RilqError as RilqError
+    from rilq.evaluation.export import export as export
     from rilq.evaluation.perplexity import evaluate as evaluate
+    from rilq.evaluation.push import PushOptions as PushOptions
+    from rilq.evaluation.push import push as push
+    from rilq.formats.export.kind import ExportOptions as ExportOptions
     from rilq.formats.verify import verify as verify
     from rilq.progress import LogReporter as LogReporter
     from rilq.progress import Reporter as Reporter
@@ -32,8 +36,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "AnalyzeOptions": "rilq.converter.analysis",
     "ConvertOptions": "rilq.converter.options",
+    "ExportOptions": "rilq.formats.export.kind",
     "InputError": "rilq.errors",
     "LogReporter": "rilq.progress",
+    "PushOptions": "rilq.evaluation.push",
     "Reporter": "rilq.progress",
     "RichReporter": "rilq.progress",
     "RilqError": "rilq.errors",
@@ -42,8 +48,10 @@ _HOMES = {
     "check_fits": "rilq.converter.plan",
     "convert": "rilq.api",
     "evaluate": "rilq.evaluation.perplexity",
+    "export": "rilq.evaluation.export",
     "load": "rilq.api",
     "plan": "rilq.api",
+    "push": "rilq.evaluation.push",
     "verify": "rilq.formats.verify",
 }
 

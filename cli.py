@@ -374,6 +374,10 @@ def convert(
     private: Private = False,
     eval_text: EvalText = "wikitext2",
     max_ppl_ratio: MaxPplRatio = 2.0,
+    export: Annotated[
+        list[str] | None,
+        _option(_OUT, "Also write <output>-<kind>, as `rilq export --to` does; repeatable."),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -388,9 +392,16 @@ def convert(
         from rilq.converter import pipeline
 
         job = pipeline.prepare(options, report)
-        pushed = None
+        exports = {kind: _beside(options.output, kind) for kind in export or ()}
+        if exports:
+            from rilq.evaluation.export import check_planned
+            from rilq.evaluation.export import export as write_exports
+            from rilq.formats.export.kind import ExportOptions
+
+            check_planned(job, exports, ExportOptions())
         if push_to is not None:
-            from rilq.evaluation.push import PushOptions, open_push, push
+            from rilq.evaluation.push import PushOptions, open_planned
+            from rilq.evaluation.push import push as push_folder
 
             pushing = PushOptions(
                 push_to,
@@ -401,9 +412,7 @@ def convert(
                 device=options.device,
                 dtype=options.dtype,
             )
-            recipe = {"bits": options.bits, "group_size": options.group_size}
-            source = pipeline.source_facts(job.checkpoint)
-            open_push(pushing, report, model={"source": source, "recipe": recipe})
+            open_planned(job, pushing, report)
         _show_plan(job.plan, report)
         result = pipeline.convert(job, report)
         report.note(
@@ -411,8 +420,13 @@ def convert(
             if result.already_done
             else f"{result.output}: done"
         )
+        exported, pushed = [], None
+        if exports:
+            exported = write_exports(
+                result.output, exports, ExportOptions(), device=options.device, report=report
+            )
         if push_to is not None:
-            pushed = push(result.output, pushing, report)
+            pushed = push_folder(result.output, pushing, report)
             _show_push(pushed, report)
     if as_json:
         print(json.dumps({
@@ -421,6 +435,7 @@ def convert(
             "quality": result.quality,
             "bytes_read": result.bytes_read,
             "plan": result.plan.as_dict(),
+            "exports": [each.as_dict() for each in exported],
             "pushed": pushed and pushed.as_dict(),
         }, default=str))  # fmt: skip
 
@@ -574,6 +589,11 @@ def analyze(
         Console(highlight=False).print(_analysis_table(found))
 
 
+def _beside(output: Path, kind: str) -> Path:
+    """Where an export of the conversion to `output` goes."""
+    return output.with_name(f"{output.name}-{kind}")
+
+
 def _ranks(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() for word in words):
@@ -658,6 +678,57 @@ def _change_folder(file: Path) -> None:
         os.chdir(file.absolute().parent)
     except OSError as err:
         raise InputError(f"{file}: cannot be read: {err.strerror or err}") from err
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
+    to: Annotated[list[str], typer.Option(help="dense, mlx, metal or vllm; repeatable.")],
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "-o", help="To write; with several kinds, a folder in it for each."
+        ),
+    ],
+    dtype: Annotated[str, typer.Option(help="fp16 or bf16, of all that is not packed.")] = "fp16",
+    text: Annotated[
+        str | None,
+        typer.Option(help="To compare logits on: a file, wikitext2, c4, or owner/name on the Hub."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Such as 5GB or 500MiB.")] = "5GB",
+    device: Annotated[str, typer.Option(help="That compares: auto, cpu, cuda, ...")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Write a converted checkpoint for another runtime, read back and compared; docs/exports.md."""
+    with (
+        _user_errors(),
+        _stoppable("nothing unfinished was kept"),
+        _reporting(quiet, log_file, output_dir) as report,
+    ):
+        from rilq.evaluation.export import export as write_exports
+        from rilq.formats.export.kind import ExportOptions, export_dtype
+        from rilq.formats.writer import parse_size
+
+        kinds = list(dict.fromkeys(to))
+        several = len(kinds) > 1
+        exported = write_exports(
+            folder,
+            {kind: output_dir / kind if several else output_dir for kind in kinds},
+            ExportOptions(export_dtype(dtype), parse_size(max_shard_size)),
+            text=text,
+            device=device,
+            report=report,
+        )
+    if as_json:
+        print(json.dumps({"exports": [each.as_dict() for each in exported]}))
+    else:
+        for each in exported:
+            state = "already there; " if each.already_done else ""
+            print(
+                f"{each.output}: {each.kind}, {state}logits differ by at most "
+                f"{each.difference.largest:.3g} (bound {each.bound:.3g})"
+            )
 
 
 @app.command()

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from rilq.calib.sources import describe_source, parse_source
+from rilq.converter.pipeline import Job, source_facts
 from rilq.errors import CheckpointError, HubError, OptionError, printable
 from rilq.evaluation.card import CARD, Base, CardFacts, card_metadata, make_card
 from rilq.evaluation.kept_figures import measure_once
@@ -126,6 +127,17 @@ def open_push(
     if not options.replace:
         check_holds(target, described(model))
     return target
+
+
+def open_planned(job: Job, options: PushOptions, report: Reporter) -> Target:
+    """The same before a conversion, of what it will make.
+
+    Raises:
+        InputError: a push could not succeed.
+    """
+    recipe = {"bits": job.options.bits, "group_size": job.options.group_size}
+    model = {"source": source_facts(job.checkpoint), "recipe": recipe}
+    return open_push(options, report, model=model)
 
 
 def push(
