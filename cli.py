@@ -680,6 +680,7 @@ def _change_folder(file: Path) -> None:
         raise InputError(f"{file}: cannot be read: {err.strerror or err}") from err
 
 
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
     to: Annotated[list[str], typer.Option(help="dense, mlx, metal or vllm; repeatable.")],
