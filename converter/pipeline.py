@@ -36,12 +36,14 @@ from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
-from rilq.converter.workdir import WorkDir, open_workdir, peek
+from rilq.converter.workdir import SOURCE_FOLDER, WorkDir, open_workdir, peek
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
-from rilq.formats.hub import open_source
+from rilq.formats.hub import HubRepository, open_source
+from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
 from rilq.formats.shard_writer import write_tensors
+from rilq.formats.source import Source
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
 from rilq.formats.writer import check_output, parse_size
 from rilq.progress import Reporter
@@ -91,6 +93,8 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     if begun and begun["fingerprint"].get("model") == options.model:
         revision = begun["fingerprint"].get("commit") or revision
     source = open_source(options.model, revision=revision, report=report)
+    if options.evicts:
+        source = _windowed(source, options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
@@ -433,6 +437,15 @@ class _Conversion:
             lora=lora,
             report=self.report,
         )
+
+
+def _windowed(source: Source, options: ConvertOptions, report: Reporter) -> Source:
+    """The source with a few shards on disk at a time; a folder is the user's and stays whole."""
+    if not isinstance(source, HubRepository):
+        report.note(f"{options.model}: a local folder, of which --evict and --max-disk keep all")
+        return source
+    limit = None if options.max_disk is None else parse_size(options.max_disk)
+    return ShardWindow(source, options.work / SOURCE_FOLDER, limit)
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@
         rilq.lock        flock held while a run lasts; pid, host and start inside, for the message
         journal.jsonl    one line per finished unit, each with a checksum; append-only
         *.safetensors, *.bin   files that the journal names, each under a name of its own
+        source/                shards of the source that are in use, where it is kept in part
 
 A unit of work is finished when its line is in the journal, and never because a file is there. A
 line names the unit's files with their size and xxh3; on resume they are checked, and a stage with a
@@ -33,6 +34,7 @@ from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
 STATE_FORMAT = 1
+SOURCE_FOLDER = "source"
 
 Resume = Literal["auto", "never", "required"]
 
@@ -153,8 +155,11 @@ class WorkDir:
         """
         (self.path / "journal.jsonl").unlink(missing_ok=True)
         reached("remove:begun")
-        for path in filter(_is_ours, list(self.path.iterdir())):
+        source = self.path / SOURCE_FOLDER
+        for path in filter(_is_ours, [*self.path.iterdir(), *source.glob("*")]):
             path.unlink()
+        with suppress(OSError):
+            source.rmdir()
         (self.path / "rilq.lock").unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
@@ -245,8 +250,8 @@ def _run_id(path: Path) -> str:
     return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()}:{path.resolve()}".encode()))
 
 
-# A unit's file, or one of `atomic_file` that was never finished.
-_OURS = re.compile(r"[^.].*\.(safetensors|bin)|\..+\.[0-9a-f]{16}\.tmp")
+# A unit's file, a shard, or one of either that was never finished.
+_OURS = re.compile(r"[^.].*\.(safetensors|bin|part)|\..+\.[0-9a-f]{16}\.tmp")
 
 
 def _is_ours(path: Path) -> bool:

@@ -102,6 +102,7 @@ def _last_states(
     """The last decoder layer's output on disk; embedding and head stay on the device."""
     streamed = subject.streamed
     streamed.load_outer(streamed.checkpoint.read(streamed.outer_names()))
+    streamed.check_tied()
     streamed.prepare(tokens.shape[1])
     batches = tokens.split(max(1, LAYER_TOKENS // tokens.shape[1]))
     shape = (*tokens.shape, streamed.config.hidden_size)

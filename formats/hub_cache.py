@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from rilq.errors import OutputError, printable
+from rilq.errors import OutputError
 from rilq.formats.durable import write_bytes
 from rilq.formats.index import INDEX, SINGLE
 from rilq.progress import Reporter
@@ -44,22 +45,31 @@ class RemoteFile:
         """A file whose digest is kept only if it is one; it becomes part of paths."""
         return cls(size, digest if digest and _DIGEST.fullmatch(digest) else None)
 
+    def hasher(self) -> "hashlib._Hash":
+        """What makes `digest` of the file's bytes; sha256 where there is none to compare with."""
+        if self.digest is not None and len(self.digest) == 40:
+            return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        return hashlib.sha256()
+
     def matches(self, path: Path) -> bool:
         """Whether the file at `path` has this size and, where known, this digest."""
         if path.stat().st_size != self.size:
             return False
-        return self.digest is None or _digest(path, len(self.digest)) == self.digest
+        if self.digest is None:
+            return True
+        hasher = self.hasher()
+        with path.open("rb") as file:
+            add_to_hash(hasher, file)
+        return hasher.hexdigest() == self.digest
 
 
-def _digest(path: Path, digits: int) -> str:
-    if digits == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def add_to_hash(hasher: "hashlib._Hash", file: BinaryIO) -> int:
+    """Hash the rest of an open file; the bytes that there were."""
+    count = 0
+    while block := file.read(_BLOCK):
+        hasher.update(block)
+        count += len(block)
+    return count
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,23 @@ class RepositoryCache:
             return None
         found = try_to_load_from_cache(self.repo_id, name, cache_dir=self.root, revision=revision)
         return Path(found) if isinstance(found, str) else None
+
+    def blob(self, digest: str) -> Path:
+        """Where content with this digest lies, or would."""
+        return self.folder / "blobs" / digest
+
+    def link(self, name: str, commit: str, digest: str) -> Path:
+        """Give a blob its name in a commit; the path there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = self.folder / "snapshots" / commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        new.symlink_to(os.path.join("..", "..", "blobs", digest))
+        os.replace(new, path)
+        return path
 
     def listing(self, snapshot: Path) -> dict[str, RemoteFile]:
         """The files at the top level of a snapshot; digests are the names of their blobs."""
@@ -149,19 +176,6 @@ class RepositoryCache:
                 write_bytes(ref, commit.encode())
         except (OSError, OutputError):  # only a convenience; a file that must be written will tell
             return
-
-    def check_space(self, name: str, size: int) -> None:
-        """Raise OutputError if a file of `size` bytes does not fit on the cache's volume."""
-        folder = self.root
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise OutputError(
-                f"{self.root}: {self.repo_id}/{printable(name)} needs {size / 1e9:,.1f} GB, this "
-                f"volume has {free / 1e9:,.1f} GB free; make room, or set HF_HOME to a folder on "
-                "another volume"
-            )
 
 
 def missing_weights(snapshot: Path) -> list[str]:

@@ -5,14 +5,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 SERVER = Path(__file__).parents[1] / "unit" / "formats" / "local_hub.py"
 REPO = "org/tiny"
+DEEP = "org/deep"
 
 
 @pytest.fixture
@@ -28,6 +33,124 @@ def hub(tiny_llama: Path) -> Iterator[Any]:
         server.add(REPO, {**files, "pytorch_model.bin": b"not to be fetched"})
         yield server
     del sys.modules["local_hub"]
+
+
+@pytest.fixture(scope="session")
+def deep_llama(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Path:
+    """A Llama of six decoder layers in seven shards or so, most of which hold parts of two."""
+    folder = tmp_path_factory.mktemp("models") / "deep-llama"
+    return make_model(folder, max_shard_size="180KB", num_hidden_layers=6)
+
+
+@pytest.fixture
+def deep_hub(hub: Any, deep_llama: Path) -> Any:
+    """The Hub, with deep_llama too."""
+    hub.add(DEEP, {path.name: path.read_bytes() for path in deep_llama.iterdir()})
+    return hub
+
+
+QUICK = ("--quantizer", "rtn", "--rank", 0)
+
+
+@pytest.fixture
+def from_hub(
+    deep_hub: Any, tmp_path: Path, arguments: Callable[..., list[str]], run_cli: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A quick conversion of the Hub's deep_llama in a forked child; waits are cut short."""
+
+    def run(*more: object, first: Callable[[], None] | None = None, **options: Any) -> Any:
+        def use_the_hub() -> None:
+            use_hub(deep_hub, tmp_path / "hf")
+            if first is not None:
+                first()
+
+        words = arguments(tmp_path, *QUICK, *more, model=Path(DEEP), **options)
+        return run_cli(*words, first=use_the_hub)
+
+    return run
+
+
+def use_hub(hub: Any, home: Path) -> None:
+    """Point this process's client to the local Hub, as the environment does for a new process."""
+    constants.HF_HUB_OFFLINE = False
+    constants.ENDPOINT = hub.url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE = str(home / "hub")
+    constants.HF_TOKEN_PATH = str(home / "token")
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(seconds / 100)  # between attempts, the client's too
+
+
+@pytest.fixture
+def folder_hashes(
+    deep_llama: Path,
+    tmp_path: Path,
+    arguments: Callable[..., list[str]],
+    run_cli: Callable[..., Any],
+    hashes: Callable[[Path], dict[str, str]],
+) -> dict[str, str]:
+    """What the same conversion of the folder gives; rilq.json, which names the source, left out."""
+    (tmp_path / "local").mkdir()
+    assert run_cli(*arguments(tmp_path / "local", *QUICK, model=deep_llama)).code == 0
+    return without_manifest(hashes(tmp_path / "local" / "out"))
+
+
+def without_manifest(found: dict[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in found.items() if name != "rilq.json"}
+
+
+class ShardWatch:
+    """Looks at a folder all the time: how many shards there are at most, whole or in part."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most, self.most_bytes, self.looks = folder, 0, 0, 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+
+    def look(self) -> None:
+        while not self.stop.wait(0.0005):
+            sizes: dict[str, int] = {}
+            with suppress(OSError):
+                for entry in os.scandir(self.folder):
+                    with suppress(OSError):
+                        sizes[Path(entry).stem] = entry.stat().st_size
+            self.looks += 1
+            self.most = max(self.most, len(sizes))
+            self.most_bytes = max(self.most_bytes, sum(sizes.values()))
+
+    def __enter__(self) -> "ShardWatch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Files of weights, whole or in part."""
+    return [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".part")]
+
+
+def test_a_bad_network_and_three_shards_of_disk_give_the_bytes_that_the_folder_gives(
+    deep_hub: Any,
+    from_hub: Callable[..., Any],
+    tmp_path: Path,
+    deep_llama: Path,
+    folder_hashes: dict[str, str],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    deep_hub.fail_every({"fail": 2, "reset": 3, "corrupt": 5, "429": 4})
+    shards = list(deep_llama.glob("*.safetensors"))
+    assert len(shards) >= 6
+    with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
+        ended = from_hub("--evict")
+    assert ended.code == 0, ended.err
+    assert without_manifest(hashes(tmp_path / "out")) == folder_hashes
+    assert 1 < watch.most <= 3, watch.looks
+    assert not shards_in(tmp_path / "hf")  # the user's cache stays without weights
+    assert not (tmp_path / "out.rilq-work").exists()
 
 
 @pytest.fixture
