@@ -9,7 +9,7 @@ from typing import Protocol
 from rilq.formats.hub_transfer import Stopped
 
 AHEAD = 1  # files beyond those of the current step: while one is used, the next one comes
-PATIENCE = 2.0  # seconds that the end waits for the thread; its part of a file stays for later
+PATIENCE = 0.5  # seconds that the end waits for the thread; its part of a file stays for later
 
 
 class Shelf(Protocol):

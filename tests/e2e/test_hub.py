@@ -1,8 +1,10 @@
 """A conversion straight from a Hub, with the real client in a real process."""
 
 import importlib.util
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+
+from rilq import cli
+from rilq.converter import workdir
 
 SERVER = Path(__file__).parents[1] / "unit" / "formats" / "local_hub.py"
 REPO = "org/tiny"
@@ -153,6 +158,195 @@ def test_a_bad_network_and_three_shards_of_disk_give_the_bytes_that_the_folder_g
     assert not (tmp_path / "out.rilq-work").exists()
 
 
+def killed_at(call: int) -> Callable[[], None]:
+    """For `first`: kill -9 at the `call`-th commit point of the child."""
+
+    def arrange() -> None:
+        calls = itertools.count(1)
+
+        def reached(_point: str) -> None:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        workdir.reached = reached
+
+    return arrange
+
+
+def bytes_of_shards(hub: Any, folder: Path) -> dict[str, int]:
+    """What the CDN sent of each shard besides its header, in multiples of the shard's size."""
+    sent = {
+        path.name: sum(
+            request.sent
+            for request in hub.got(f"GET /{path.name}/")
+            if request.origin == "cdn" and request.range != "bytes=0-65535"
+        )
+        / path.stat().st_size
+        for path in folder.glob("*.safetensors")
+    }
+    return {name: round(times, 3) for name, times in sent.items()}
+
+
+@pytest.mark.parametrize(
+    ("rotate", "call"), [((), 8), (("--rotate",), 17)], ids=["plain", "rotated"]
+)
+def test_killed_again_and_again_no_shard_is_fetched_twice(
+    rotate: tuple[str, ...],
+    call: int,
+    deep_hub: Any,
+    from_hub: Callable[..., Any],
+    tmp_path: Path,
+    deep_llama: Path,
+    arguments: Callable[..., list[str]],
+    run_cli: Callable[..., Any],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
+        for _ in range(20):
+            if (ended := from_hub("--evict", *rotate, first=killed_at(call))).code == 0:
+                break
+            assert ended.code == -signal.SIGKILL, ended.err
+    assert ended.code == 0 and watch.most <= 3
+    # Not in the steps whose shards were whole when the process died: parts of them are continued.
+    assert max(bytes_of_shards(deep_hub, deep_llama).values()) == 1
+    (tmp_path / "local").mkdir()
+    local = arguments(tmp_path / "local", *QUICK, *rotate, model=deep_llama)
+    assert run_cli(*local).code == 0
+    expected = without_manifest(hashes(tmp_path / "local" / "out"))
+    assert without_manifest(hashes(tmp_path / "out")) == expected
+
+
+@pytest.mark.parametrize("mode", [(), ("--evict",)], ids=["cache", "evict"])
+def test_kill_9_in_a_download_costs_only_the_bytes_in_flight(
+    mode: tuple[str, ...],
+    deep_hub: Any,
+    from_hub: Callable[..., Any],
+    tmp_path: Path,
+    deep_llama: Path,
+    folder_hashes: dict[str, str],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    third = sorted(deep_llama.glob("*.safetensors"))[2]
+    half = third.stat().st_size // 2
+    deep_hub.fail_next("stall", on=f"GET /{third.name}/.* whole")
+
+    def kill_when_half_is_there() -> None:
+        def look() -> None:
+            while half not in [path.stat().st_size for path in tmp_path.rglob("*.part")]:
+                sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        sleep = time.sleep
+        threading.Thread(target=look, daemon=True).start()
+
+    assert from_hub(*mode, first=kill_when_half_is_there).code == -signal.SIGKILL
+    assert from_hub(*mode).code == 0
+    asked = [r.range for r in deep_hub.got(f"GET /{third.name}/") if r.range != "bytes=0-65535"]
+    assert asked == [None, f"bytes={half}-{third.stat().st_size - 1}"]
+    assert without_manifest(hashes(tmp_path / "out")) == folder_hashes
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_max_disk_bounds_the_bytes_of_the_source(
+    from_hub: Callable[..., Any],
+    tmp_path: Path,
+    deep_llama: Path,
+    folder_hashes: dict[str, str],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
+        ended = from_hub("--max-disk", "400kB")
+    assert ended.code == 0, ended.err
+    assert 0 < watch.most_bytes <= 400_000
+    assert without_manifest(hashes(tmp_path / "out")) == folder_hashes
+
+
+def test_the_plan_counts_the_disk_of_each_mode(
+    from_hub: Callable[..., Any], deep_hub: Any, deep_llama: Path, tmp_path: Path
+) -> None:
+    def needed(*mode: object) -> int:
+        ended = from_hub(*mode, "--json", command="plan")
+        assert ended.code == 0, ended.err
+        return sum(disk["needed"] for disk in json.loads(ended.out)["disks"])
+
+    sizes = sorted(path.stat().st_size for path in deep_llama.glob("*.safetensors"))
+    whole = needed()
+    assert whole - needed("--evict") == sum(sizes[:-3])
+    assert whole - needed("--max-disk", "400kB") == sum(sizes) - 400_000
+    assert not shards_in(tmp_path)  # nothing but headers was fetched
+
+
+def test_shards_in_the_users_cache_are_used_from_there_and_stay(
+    from_hub: Callable[..., Any],
+    deep_hub: Any,
+    tmp_path: Path,
+    deep_llama: Path,
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    assert from_hub("-o", tmp_path / "first").code == 0
+    planned = from_hub(command="plan")
+    assert planned.code == 0 and "downloads" not in planned.out
+    before, sent = hashes(tmp_path / "hf"), len(deep_hub.got("GET /model-"))
+    with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
+        assert from_hub("--evict").code == 0
+    assert watch.most == 0 and len(deep_hub.got("GET /model-")) == sent
+    assert hashes(tmp_path / "hf") == before
+
+
+def test_a_local_folder_is_never_evicted(
+    tmp_path: Path, run_cli: Callable[..., Any], arguments: Callable[..., list[str]]
+) -> None:
+    ended = run_cli(*arguments(tmp_path, *QUICK, "--max-disk", "1kB"))
+    assert ended.code == 0 and "local folder" in ended.err
+    # That the folder is as it was, a fixture of all tests here checks.
+
+
+def test_a_shard_that_cannot_be_had_is_named_and_what_came_before_it_is_kept(
+    deep_hub: Any,
+    from_hub: Callable[..., Any],
+    deep_llama: Path,
+) -> None:
+    fifth = sorted(deep_llama.glob("*.safetensors"))[4].name
+    deep_hub.fail_next("404", 100, on=f"GET /{fifth}/.* whole")
+    ended = from_hub("--evict")
+    assert ended.code == 2 and "Traceback" not in ended.err
+    assert f"rilq: {DEEP}/{fifth}: " in ended.err
+    deep_hub.faults.clear()
+    resumed = from_hub("--evict")
+    assert resumed.code == 0 and "continuing after 'layer " in resumed.err
+    assert max(bytes_of_shards(deep_hub, deep_llama).values()) == 1
+
+
+@pytest.mark.parametrize("mode", [(), ("--evict",)], ids=["cache", "evict"])
+def test_ctrl_c_in_a_stalled_download_stops_at_once_and_goes_on_later(
+    mode: tuple[str, ...],
+    deep_hub: Any,
+    start_child: Callable[..., Any],
+    arguments: Callable[..., list[str]],
+    from_hub: Callable[..., Any],
+    tmp_path: Path,
+    deep_llama: Path,
+) -> None:
+    first = sorted(deep_llama.glob("*.safetensors"))[0]
+    deep_hub.fail_next("stall", on=f"GET /{first.name}/.* whole")
+
+    def command() -> None:
+        use_hub(deep_hub, tmp_path / "hf")
+        sys.argv = ["rilq", *arguments(tmp_path, *QUICK, *mode, model=Path(DEEP))]
+        cli.main()
+
+    child = start_child(command)
+    while first.stat().st_size // 2 not in [p.stat().st_size for p in tmp_path.rglob("*.part")]:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGINT)
+    started = time.monotonic()
+    ended = child.wait()
+    assert ended.code == 75 and "SIGINT" in ended.err and "Traceback" not in ended.err
+    assert time.monotonic() - started < 5
+    assert from_hub(*mode).code == 0
+    assert max(bytes_of_shards(deep_hub, deep_llama).values()) == 1
+
+
 @pytest.fixture
 def run_on_hub(
     hub: Any, tmp_path: Path, arguments: Callable[..., list[str]], tiny_llama: Path
@@ -198,27 +392,7 @@ def test_hub_model_gives_the_bytes_that_the_folder_gives(
     assert not any("pytorch_model.bin" in str(p) for p in (tmp_path / "hf").rglob("*"))
 
 
-def test_plan_counts_what_is_still_to_be_downloaded(
-    run_on_hub: Callable[..., subprocess.CompletedProcess[str]], tiny_llama: Path
-) -> None:
-    def planned() -> tuple[int, str]:
-        ended = run_on_hub("--rank", 0, "--quantizer", "rtn", "--json", command="plan")
-        assert ended.returncode == 0, ended.stderr
-        disks = json.loads(ended.stdout)["disks"]
-        return sum(disk["needed"] for disk in disks), " ".join(disk["holds"] for disk in disks)
-
-    before, holds = planned()
-    assert "downloads" in holds
-    assert run_on_hub("--rank", 0, "--quantizer", "rtn").returncode == 0
-    after, holds = planned()
-    assert "downloads" not in holds
-    weights = sum(path.stat().st_size for path in tiny_llama.glob("*.safetensors"))
-    assert weights < before - after < weights + 100_000  # and the tokenizer
-
-
-def test_unknown_repository_is_one_line_with_a_remedy(
-    run_on_hub: Callable[..., subprocess.CompletedProcess[str]], hub: Any
-) -> None:
-    ended = run_on_hub("--revision", "nowhere")
-    assert ended.returncode == 2
-    assert "nowhere" in ended.stderr and "Traceback" not in ended.stderr
+def test_unknown_revision_is_one_line_with_a_remedy(from_hub: Callable[..., Any]) -> None:
+    ended = from_hub("--revision", "nowhere")
+    assert ended.code == 2 and len(ended.err.splitlines()) == 1
+    assert "has no revision nowhere; its branches and tags are listed at" in ended.err

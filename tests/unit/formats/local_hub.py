@@ -68,7 +68,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that `on` is part of ("GET /path")."""
+    """What happens to the next `times` requests in which `on` is found ("GET /path range")."""
 
     kind: str
     times: int
@@ -168,7 +168,8 @@ class LocalHub:
                 `stall_seconds`), "truncate" (half, and a length to match) or "corrupt" (one byte
                 flipped).
             times: how many requests.
-            on: part of "METHOD /path", to choose them.
+            on: pattern to find in "METHOD /path range", where a request without a range has the
+                word "whole".
             retry_after: seconds, sent along with a status.
         """
         self.faults.append(Fault(kind, times, on, retry_after))
@@ -195,7 +196,8 @@ class LocalHub:
         """The fault, if any, that this request must suffer; counts it."""
         with self.lock:
             for fault in self.faults:
-                if fault.times and fault.on in request and fault.kind.isalpha() == body:
+                fits = fault.kind.isalpha() == body and re.search(fault.on, request)
+                if fault.times and fits:
                     fault.times -= 1
                     return fault
             return self.due_by_period(body=body)
@@ -238,11 +240,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.entry = Request(
             self.command, url.path, self.server.name, bool(token), self.headers.get("Range")
         )
+        self.wanted = f"{self.command} {url.path} {self.entry.range or 'whole'}"
         with self.hub.lock:
             self.hub.requests.append(self.entry)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
-            fault = self.hub.due(f"{self.command} {url.path}", body=False)
+            fault = self.hub.due(self.wanted, body=False)
             if fault:
                 return self.refuse(Refusal(int(fault.kind), "on request"), fault.retry_after)
             if self.hub.page:
@@ -324,7 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
             begin, end = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
             headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
             content, status = content[begin:end], 206
-        fault = self.command == "GET" and self.hub.due(f"GET {self.entry.path}", body=True)
+        fault = self.command == "GET" and self.hub.due(self.wanted, body=True)
         kind, half = fault.kind if fault else "", len(content) // 2
         if kind == "corrupt":
             content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
