@@ -28,7 +28,7 @@ from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss
-from rilq.converter.machine import Machine, measure_machine
+from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
@@ -129,9 +129,10 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         work.check_files(report)
         work.remove_strays(report)
         if work.records:
-            report.note(f"continuing after {work.records[-1].unit!r} of {options.work}")
+            report.note(f"continuing after {work.last_unit} of {options.work}")
             check_source(job.checkpoint, work)
-        quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
+        with memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"):
+            quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
         if not options.keep_work:
             work.remove()
     return ConvertResult(options.output, quality, job.checkpoint.bytes_read)

@@ -79,6 +79,11 @@ class WorkDir:
         """Hex of this host and the folder's first place; names what lies outside the folder."""
         return str(self.job["run_id"])
 
+    @property
+    def last_unit(self) -> str:
+        """The unit that was finished last, for messages."""
+        return repr(self.records[-1].unit) if self.records else "the beginning"
+
     def file(self, name: str) -> Path:
         """Path of a file in the folder."""
         return self.path / name
