@@ -75,6 +75,35 @@ def from_hub(
     return run
 
 
+@pytest.fixture
+def start_on_hub(
+    deep_hub: Any,
+    tmp_path: Path,
+    arguments: Callable[..., list[str]],
+    start_child: Callable[..., Any],
+) -> Callable[..., Any]:
+    """As `from_hub`; returns the running child."""
+
+    def start(*more: object) -> Any:
+        def command() -> None:
+            use_hub(deep_hub, tmp_path / "hf")
+            sys.argv = ["rilq", *arguments(tmp_path, *QUICK, *more, model=Path(DEEP))]
+            cli.main()
+
+        return start_child(command)
+
+    return start
+
+
+def wait_for_part(folder: Path, size: int) -> None:
+    """Until so many bytes of some shard have arrived."""
+    sizes: list[int] = []
+    while size not in sizes:
+        time.sleep(0.01)
+        with suppress(OSError):  # it came and went
+            sizes = [path.stat().st_size for path in folder.rglob("*.part")]
+
+
 def use_hub(hub: Any, home: Path) -> None:
     """Point this process's client to the local Hub, as the environment does for a new process."""
     constants.HF_HUB_OFFLINE = False
@@ -221,6 +250,7 @@ def test_kill_9_in_a_download_costs_only_the_bytes_in_flight(
     mode: tuple[str, ...],
     deep_hub: Any,
     from_hub: Callable[..., Any],
+    start_on_hub: Callable[..., Any],
     tmp_path: Path,
     deep_llama: Path,
     folder_hashes: dict[str, str],
@@ -230,16 +260,10 @@ def test_kill_9_in_a_download_costs_only_the_bytes_in_flight(
     half = third.stat().st_size // 2
     deep_hub.fail_next("stall", on=f"GET /{third.name}/.* whole")
 
-    def kill_when_half_is_there() -> None:
-        def look() -> None:
-            while half not in [path.stat().st_size for path in tmp_path.rglob("*.part")]:
-                sleep(0.001)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        sleep = time.sleep
-        threading.Thread(target=look, daemon=True).start()
-
-    assert from_hub(*mode, first=kill_when_half_is_there).code == -signal.SIGKILL
+    child = start_on_hub(*mode)
+    wait_for_part(tmp_path, half)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
     assert from_hub(*mode).code == 0
     asked = [r.range for r in deep_hub.got(f"GET /{third.name}/") if r.range != "bytes=0-65535"]
     assert asked == [None, f"bytes={half}-{third.stat().st_size - 1}"]
@@ -321,8 +345,7 @@ def test_a_shard_that_cannot_be_had_is_named_and_what_came_before_it_is_kept(
 def test_ctrl_c_in_a_stalled_download_stops_at_once_and_goes_on_later(
     mode: tuple[str, ...],
     deep_hub: Any,
-    start_child: Callable[..., Any],
-    arguments: Callable[..., list[str]],
+    start_on_hub: Callable[..., Any],
     from_hub: Callable[..., Any],
     tmp_path: Path,
     deep_llama: Path,
@@ -330,14 +353,8 @@ def test_ctrl_c_in_a_stalled_download_stops_at_once_and_goes_on_later(
     first = sorted(deep_llama.glob("*.safetensors"))[0]
     deep_hub.fail_next("stall", on=f"GET /{first.name}/.* whole")
 
-    def command() -> None:
-        use_hub(deep_hub, tmp_path / "hf")
-        sys.argv = ["rilq", *arguments(tmp_path, *QUICK, *mode, model=Path(DEEP))]
-        cli.main()
-
-    child = start_child(command)
-    while first.stat().st_size // 2 not in [p.stat().st_size for p in tmp_path.rglob("*.part")]:
-        time.sleep(0.01)
+    child = start_on_hub(*mode)
+    wait_for_part(tmp_path, first.stat().st_size // 2)
     os.kill(child.pid, signal.SIGINT)
     started = time.monotonic()
     ended = child.wait()
@@ -345,6 +362,79 @@ def test_ctrl_c_in_a_stalled_download_stops_at_once_and_goes_on_later(
     assert time.monotonic() - started < 5
     assert from_hub(*mode).code == 0
     assert max(bytes_of_shards(deep_hub, deep_llama).values()) == 1
+
+
+def test_a_cache_on_a_volume_that_is_too_small_is_refused_before_any_download(
+    from_hub: Callable[..., Any],
+    deep_hub: Any,
+    tmp_path: Path,
+    mount_tmpfs: Callable[[Path, str], None],
+    skip_without_mounts: Callable[[Any], None],
+) -> None:
+    ended = from_hub(first=lambda: mount_tmpfs(tmp_path / "hf", "size=512k"))
+    skip_without_mounts(ended)
+    assert ended.code == 2 and "Traceback" not in ended.err
+    assert f"rilq: {tmp_path / 'hf'}" in ended.err and "needed for downloads" in ended.err
+    assert "HF_HOME" in ended.err
+    assert not [r for r in deep_hub.got("GET /model-") if r.range is None and r.origin == "cdn"]
+
+
+def test_a_branch_that_moves_between_two_runs_changes_nothing(
+    from_hub: Callable[..., Any],
+    deep_hub: Any,
+    deep_llama: Path,
+    tmp_path: Path,
+    folder_hashes: dict[str, str],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    assert from_hub("--evict", first=killed_at(10)).code == -signal.SIGKILL
+    before = deep_hub.repositories[DEEP].branches["main"]
+    deep_hub.add(DEEP, {p.name: p.read_bytes()[::-1] for p in deep_llama.iterdir()})
+    ended = from_hub("--evict")
+    assert ended.code == 0 and f"is commit {before}" in ended.err, ended.err
+    assert without_manifest(hashes(tmp_path / "out")) == folder_hashes
+    source = json.loads((tmp_path / "out" / "rilq.json").read_text())["source"]
+    assert source["commit"] == before
+
+
+def test_a_repository_deleted_between_two_runs_is_finished_from_the_cache(
+    from_hub: Callable[..., Any],
+    deep_hub: Any,
+    tmp_path: Path,
+    folder_hashes: dict[str, str],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    assert from_hub(first=killed_at(25)).code == -signal.SIGKILL  # all layers are quantized
+    deep_hub.repositories.clear()
+    ended = from_hub()
+    assert ended.code == 0 and "warning: org/deep: is not on" in ended.err, ended.err
+    assert without_manifest(hashes(tmp_path / "out")) == folder_hashes
+
+
+def test_a_repository_deleted_before_all_was_fetched_says_what_is_missing(
+    from_hub: Callable[..., Any], deep_hub: Any, deep_llama: Path
+) -> None:
+    assert from_hub(first=killed_at(8)).code == -signal.SIGKILL
+    deep_hub.repositories.clear()
+    ended = from_hub()
+    lacking = sorted(path.name for path in deep_llama.glob("*.safetensors"))[3]
+    assert ended.code == 2 and "the cache lacks" in ended.err and lacking in ended.err, ended.err
+
+
+def test_the_token_is_in_no_file_and_no_line_and_never_at_the_cdn(
+    from_hub: Callable[..., Any], deep_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep_hub.repositories[DEEP].gated = True
+    monkeypatch.setenv("HF_TOKEN", "hf_member")
+    deep_hub.fail_every({"fail": 3, "429": 7})
+    ended = from_hub("--evict", "--keep-work", "--log-file", tmp_path / "log")
+    assert ended.code == 0, ended.err
+    requests = {origin: [r for r in deep_hub.requests if r.origin == origin] for origin in
+                ("hub", "cdn")}  # fmt: skip
+    assert len(requests["cdn"]) > 10 and not any(r.authorized for r in requests["cdn"])
+    assert all(r.authorized for r in requests["hub"])
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"hf_member" in content for content in [*written, ended.err.encode()])
 
 
 @pytest.fixture

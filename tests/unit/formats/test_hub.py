@@ -421,6 +421,29 @@ def test_a_login_page_in_the_middle_is_never_taken_for_a_file(
     one_line(caught)
 
 
+def test_a_login_page_in_the_place_of_a_shard_is_told_as_such_and_not_kept(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    repo = open_repo()
+    hub.page = "<html>please log in</html>"
+    with pytest.raises(HubError, match="does not answer as a Hub does.*proxy") as caught:
+        repo.path(SHARDS[0])
+    one_line(caught)
+    assert [blob.stat().st_size for blob in blobs(tmp_path)] == [0]
+
+
+def test_a_proxy_is_used_for_headers_files_and_shards(
+    hub: Any, open_repo: Callable[..., HubRepository], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", hub.url)  # it answers requests for any host
+    close_session()
+    hub.add(REPO, model())
+    repo = HubRepository.open(REPO, endpoint="http://hub.example", patience=QUICK)
+    assert repo.head(SHARDS[0])[1] == len(model()[SHARDS[0]])
+    assert repo.path(SHARDS[0]).read_bytes() == model()[SHARDS[0]]
+
+
 # Rights
 
 
