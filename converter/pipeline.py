@@ -36,10 +36,11 @@ from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
-from rilq.converter.workdir import SOURCE_FOLDER, WorkDir, open_workdir, peek
+from rilq.converter.workdir import SOURCE_FOLDER, WorkDir, open_workdir, peek, peek_facts
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import HubRepository, open_source
+from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
 from rilq.formats.shard_writer import write_tensors
@@ -88,13 +89,7 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
     parse_size(options.max_shard_size)
-    begun = peek(options.work) if options.resume != "never" else None
-    revision = options.revision
-    if begun and begun["fingerprint"].get("model") == options.model:
-        revision = begun["fingerprint"].get("commit") or revision
-    source = open_source(options.model, revision=revision, report=report)
-    if options.evicts:
-        source = _windowed(source, options, report)
+    source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
@@ -163,6 +158,7 @@ class _Conversion:
         self, tokenizer: PreTrainedTokenizerBase, fingerprint: dict[str, Any]
     ) -> dict[str, Any]:
         tokens, data = self._rows(tokenizer)
+        _record_source(self.job.checkpoint.source, self.work)
         validation = max(1, round(len(tokens) * self.options.val_ratio))
         stream = StreamingPass(
             self.job.checkpoint,
@@ -440,13 +436,30 @@ class _Conversion:
         )
 
 
-def _windowed(source: Source, options: ConvertOptions, report: Reporter) -> Source:
-    """The source with a few shards on disk at a time; a folder is the user's and stays whole."""
+def _open_source(options: ConvertOptions, report: Reporter) -> Source:
+    """The source, at the commit that a stopped job began with; with few shards on disk if asked."""
+    limit = None if options.max_disk is None else parse_size(options.max_disk)
+    begun = peek(options.work) if options.resume != "never" else None
+    revision, recorded = options.revision, None
+    if begun and begun["fingerprint"].get("model") == options.model:
+        revision = begun["fingerprint"].get("commit") or revision
+        recorded = peek_facts(options.work, "source") if options.evicts else None
+    known = {n: RemoteFile.of(*of) for n, of in recorded["files"].items()} if recorded else None
+    source = open_source(options.model, revision=revision, known=known, report=report)
+    if not options.evicts:
+        return source
     if not isinstance(source, HubRepository):
         report.note(f"{options.model}: a local folder, of which --evict and --max-disk keep all")
         return source
-    limit = None if options.max_disk is None else parse_size(options.max_disk)
-    return ShardWindow(source, options.work / SOURCE_FOLDER, limit)
+    heads = recorded["heads"] if recorded else None
+    return ShardWindow(source, options.work / SOURCE_FOLDER, limit, heads=heads)
+
+
+def _record_source(source: Source, work: WorkDir) -> None:
+    """Keep what the Hub said about shards that will be deleted: later steps need not ask again."""
+    if isinstance(source, ShardWindow) and not work.stage("source"):
+        files = {name: [file.size, file.digest] for name, file in source.repo.listing.items()}
+        work.commit("source", "source", {"files": files, "heads": source.heads})
 
 
 def versions() -> dict[str, str]:

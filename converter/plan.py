@@ -596,10 +596,11 @@ def _disks(
     wanted += [(folder, "downloads", count) for folder, count in missing.items()]
     for path, holds, needed in wanted:
         volume = volume_of(path)
-        known = needs.get(volume.device)
+        known, place = needs.get(volume.device), str(volume.path)
         if known is not None:
-            holds, needed = f"{known.holds} and {holds}", known.needed + needed
-        needs[volume.device] = Disk(str(volume.path), holds, needed, volume.free)
+            place, holds = known.volume, f"{known.holds} and {holds}"
+            needed += known.needed
+        needs[volume.device] = Disk(place, holds, needed, volume.free)
     return tuple(needs.values())
 
 

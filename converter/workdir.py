@@ -250,6 +250,13 @@ def peek(path: Path) -> dict[str, Any] | None:
     return lines[0] if lines else None
 
 
+def peek_facts(path: Path, stage: str) -> dict[str, Any] | None:
+    """Facts of the last unit of a stage, likewise."""
+    lines, _ = _read_journal(path)
+    records = [record for record in _records(lines[1:]) if record.stage == stage]
+    return records[-1].facts if records else None
+
+
 def _run_id(path: Path) -> str:
     """Not random: whoever deletes the folder and starts anew finds the old staging folder."""
     return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()}:{path.resolve()}".encode()))

@@ -46,6 +46,7 @@ def open_source(
     model: str,
     *,
     revision: str | None = None,
+    known: Mapping[str, RemoteFile] | None = None,
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
 ) -> Source:
     """The folder or the Hub repository that `model` means; an existing folder comes first.
@@ -53,6 +54,7 @@ def open_source(
     Args:
         model: a folder, or `owner/name` on the Hub.
         revision: branch, tag or commit hash on the Hub; "main" if None.
+        known: see `HubRepository.open`.
         report: receives notes and warnings.
 
     Raises:
@@ -80,7 +82,7 @@ def open_source(
         raise CheckpointError(
             f"{shown or 'an empty text'}: neither a folder nor a name on the Hub{remedy}"
         ) from err
-    return HubRepository.open(model, revision, report=report)
+    return HubRepository.open(model, revision, known=known, report=report)
 
 
 @dataclass
@@ -113,6 +115,7 @@ class HubRepository:
         repo_id: str,
         revision: str | None = None,
         *,
+        known: Mapping[str, RemoteFile] | None = None,
         report: Reporter = SilentReporter(),  # noqa: B008 - stateless
         endpoint: str | None = None,
         cache: Path | None = None,
@@ -127,6 +130,8 @@ class HubRepository:
         Args:
             repo_id: `owner/name`.
             revision: branch, tag or commit hash; "main" if None.
+            known: the files of a commit hash, from an earlier run. With them the cache stands in
+                for the Hub although it lacks shards: they may not be needed any more.
             report: receives notes and warnings.
             endpoint: the Hub's URL; None for the client library's (`HF_ENDPOINT`).
             cache: the folder of cached repositories; None for the library's (`HF_HUB_CACHE`).
@@ -148,14 +153,19 @@ class HubRepository:
                 lambda: fetch_listing(at), repo_id, patience, report, reached=False
             )
         except Exception as err:
-            return cls._open_cached(at, err, patience, report)
+            return cls._open_cached(at, err, patience, report, known)
         check_weights(at, found.files)
         report.note(f"{repo_id}: revision {printable(at.revision)} is commit {found.commit}")
         return cls(at, found.commit, found.top_level(), False, patience, report)
 
     @classmethod
     def _open_cached(
-        cls, at: Address, err: Exception, patience: Patience, report: Reporter
+        cls,
+        at: Address,
+        err: Exception,
+        patience: Patience,
+        report: Reporter,
+        known: Mapping[str, RemoteFile] | None,
     ) -> "HubRepository":
         why = explain(err, at)
         offline = isinstance(err, OfflineModeIsEnabled)
@@ -167,7 +177,7 @@ class HubRepository:
             raise why from safe_cause(err)
         folder = config.parent
         missing = missing_weights(folder)
-        if missing:
+        if missing and known is None:
             raise HubError(
                 f"{why}; the cache lacks {len(missing)} files of commit {folder.name}: "
                 f"{some(missing)}"
@@ -175,7 +185,8 @@ class HubRepository:
         if not offline:  # that was asked for
             report.warn(str(why))
         report.note(f"{at.repo_id}: working from the cache, commit {folder.name}")
-        return cls(at, folder.name, cache.listing(folder), True, patience, report)
+        listing = known or cache.listing(folder)
+        return cls(at, folder.name, listing, True, patience, report)
 
     @property
     def label(self) -> str:
@@ -294,7 +305,10 @@ class HubRepository:
     def to_fetch(self, steps: Sequence[Sequence[str]]) -> dict[Path, int]:
         """Bytes of what is not in the cache yet, by the folder that it will lie in."""
         names = {name for step in steps for name in step if self.cached(name) is None}
-        return {self.at.cache: sum(self.listed(name).size for name in names)} if names else {}
+        files = [self.listed(name) for name in names]
+        parts = [self._cache.part(file.digest) for file in files if file.digest]
+        there = sum(part.stat().st_size for part in parts if part.exists())
+        return {self.at.cache: sum(file.size for file in files) - there} if names else {}
 
     def listed(self, name: str) -> RemoteFile:
         """What the Hub says about a file.
@@ -341,7 +355,7 @@ class HubRepository:
         blob, room = self._cache.blob(digest), "set HF_HOME to a folder on another one"
         if not blob.is_file():
             self._cache.remove_orphans(digest, self.report)
-            self.download(name, blob, part=blob.with_name(f"{digest}.part"), room=room)
+            self.download(name, blob, part=self._cache.part(digest), room=room)
         with stored(self.at.cache, f"{self.label}/{printable(name)}", room):
             return self._cache.link(name, self.commit, digest)
 

@@ -3,6 +3,7 @@
 The layout, documented at https://huggingface.co/docs/huggingface_hub/guides/manage-cache:
 
     models--owner--name/blobs/<digest>              contents
+    models--owner--name/blobs/<digest>.part         ours: the beginning of contents
     models--owner--name/snapshots/<commit>/<file>   links to them
     models--owner--name/refs/<branch>               holds a commit hash
 """
@@ -99,6 +100,10 @@ class RepositoryCache:
     def blob(self, digest: str) -> Path:
         """Where content with this digest lies, or would."""
         return self.folder / "blobs" / digest
+
+    def part(self, digest: str) -> Path:
+        """What has arrived of it so far, by a transfer of ours."""
+        return self.folder / "blobs" / f"{digest}.part"
 
     def link(self, name: str, commit: str, digest: str) -> Path:
         """Give a blob its name in a commit; the path there.

@@ -1,14 +1,13 @@
 """A Hub checkpoint of which only a few shards are on this machine at any time."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rilq.errors import OptionError
 from rilq.formats.hub import HubRepository
 from rilq.formats.read_ahead import ReadAhead, reading_ahead
-from rilq.formats.shard import read_head
 
 SHARDS = 3  # at once: one in use, one that is needed again later, one that comes next
 ROOM = "choose another --work-dir"
@@ -24,10 +23,19 @@ class ShardWindow:
         repo: the repository.
         folder: where shards come to lie; made when the first one comes.
         max_bytes: for all shards in it, whole or in part; None for no limit but `SHARDS`.
+        heads: `heads` of an earlier run.
     """
 
-    def __init__(self, repo: HubRepository, folder: Path, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        repo: HubRepository,
+        folder: Path,
+        max_bytes: int | None = None,
+        *,
+        heads: Mapping[str, str] | None = None,
+    ) -> None:
         self.repo, self.folder, self.max_bytes = repo, folder, max_bytes
+        self.heads = dict(heads or {})  # shard to the text of its header; shards come and go
         self._ahead: ReadAhead | None = None
         self._damaged: set[str] = set()  # of the user's cache
 
@@ -47,10 +55,11 @@ class ShardWindow:
 
     def head(self, name: str) -> tuple[bytes, int]:
         """A shard's first 8 + N bytes and its size; see `HubRepository.head`."""
-        own = self._file(name)
-        if own.is_file() and own.stat().st_size == self.repo.listed(name).size:
-            return read_head(own, f"{self.label}/{name}")
-        return self.repo.head(name)
+        if name not in self.heads:
+            head, _ = self.repo.head(name)
+            self.heads[name] = head[8:].decode("utf-8")
+        text = self.heads[name].encode("utf-8")
+        return len(text).to_bytes(8, "little") + text, self.repo.listed(name).size
 
     def path(self, name: str) -> Path:
         """The file in the folder or in the cache, fetched first if need be, its digest checked.
@@ -118,9 +127,9 @@ class ShardWindow:
         least = max((sum(each) for each in sizes), default=0)
         if self.max_bytes is not None and least > self.max_bytes:
             raise OptionError(
-                f"--max-disk {self.max_bytes / 1e9:.3g}GB: embedding and head, or one decoder "
-                f"layer, lie in shards of {least / 1e9:.3g} GB\n"
-                f"  use --max-disk {_rounded_up(least)} or more"
+                f"--max-disk {_kilobytes(self.max_bytes)}: embedding and head, or one decoder "
+                f"layer, lie in shards of {_kilobytes(least)}\n"
+                f"  use --max-disk {_kilobytes(least)} or more"
             )
         ours = {name for step in steps for name in step if self._is_ours(name)}
         largest = sorted((self.repo.listed(name).size for name in ours), reverse=True)
@@ -128,7 +137,13 @@ class ShardWindow:
         if self.max_bytes is not None:
             most = min(most, self.max_bytes)
         others = [[n for n in step if not _is_shard(n)] for step in steps]
-        here = {self.folder: max(0, most - sum(self._held().values()))} if ours else {}
+        there = sum(
+            path.stat().st_size
+            for name in self._held()
+            for path in (self._file(name), self._part(name))
+            if path.exists()
+        )
+        here = {self.folder: max(0, most - there)} if ours else {}
         return here | self.repo.to_fetch(others)
 
     def _is_ours(self, name: str) -> bool:
@@ -170,5 +185,6 @@ def _is_shard(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def _rounded_up(count: int) -> str:
-    return f"{-(-count // 10**7) / 100:g}GB"
+def _kilobytes(count: int) -> str:
+    """Rounded up, as `--max-disk` takes it."""
+    return f"{-(-count // 1000)}kB"

@@ -26,6 +26,7 @@ from rilq.errors import CheckpointError, HubError, OptionError, OutputError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import FIRST_BYTES, HubRepository, open_source
 from rilq.formats.hub_requests import Patience
+from rilq.formats.hub_window import ShardWindow
 from rilq.formats.source import LocalFolder
 from rilq.progress import SilentReporter
 
@@ -537,6 +538,7 @@ def test_what_another_process_had_fetched_is_continued_by_range(
         open_repo(patience=Patience(delays=())).path(SHARDS[0])
     repo = open_repo()
     assert part_of(tmp_path, repo, SHARDS[0]).stat().st_size == 100044
+    assert repo.to_fetch([[SHARDS[0]]]) == {tmp_path / "cache": 100044}
     assert repo.path(SHARDS[0]).read_bytes() == model()[SHARDS[0]]
     asked = [r.range for r in hub.got(f"GET /{SHARDS[0]}")]
     assert asked == [None, "bytes=100044-200087"]
@@ -649,6 +651,88 @@ def test_content_that_the_cache_has_of_another_commit_is_not_fetched_again(
     assert repo.to_fetch([[SHARDS[0]]]) == {}
     assert repo.path(SHARDS[0]).read_bytes() == model()[SHARDS[0]]
     assert len(hub.got(f"GET /{SHARDS[0]}")) == 1
+
+
+# A window of few shards
+
+
+def test_a_window_keeps_shards_out_of_the_cache_and_deletes_them_after_use(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    window = ShardWindow(open_repo(), tmp_path / "window")
+    checkpoint = Checkpoint.open(window)
+    with checkpoint.in_order([["layer.0.weight"], ["layer.1.weight"]]) as advance:
+        assert checkpoint.read(["layer.0.weight"])["layer.0.weight"].shape == (50, 1000)
+        first = window.path(SHARDS[0])
+        advance()
+        assert not first.exists()
+        checkpoint.read(["layer.1.weight"])
+        advance()
+    assert not (tmp_path / "window").exists()
+    assert sum(blob.stat().st_size for blob in blobs(tmp_path)) < 1000  # config and index
+
+
+def test_a_damaged_shard_in_the_users_cache_is_left_there_and_not_used(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    cached = open_repo().path(SHARDS[0])
+    cached.write_bytes(cached.read_bytes()[:-1] + b"x")
+    window = ShardWindow(open_repo(), tmp_path / "window")
+    assert window.to_fetch([[SHARDS[0]]]) == {}
+    path = window.path(SHARDS[0])
+    assert path.parent == tmp_path / "window" and path.read_bytes() == model()[SHARDS[0]]
+    assert cached.read_bytes() != model()[SHARDS[0]]
+
+
+def test_a_shard_damaged_in_the_window_is_fetched_again(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    path = ShardWindow(open_repo(), tmp_path / "window").path(SHARDS[0])
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    again = ShardWindow(open_repo(), tmp_path / "window").path(SHARDS[0])
+    assert again == path and again.read_bytes() == model()[SHARDS[0]]
+
+
+def test_a_window_removes_what_an_earlier_run_left_and_nothing_of_others(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    repo, folder = open_repo(), tmp_path / "window"
+    digests = [repo.listing[name].digest for name in SHARDS]
+    folder.mkdir()
+    for name in (f"{digests[0]}.safetensors", f"{digests[1]}.part", "thesis.txt"):
+        (folder / name).write_bytes(b"x" * 1000)
+    window = ShardWindow(repo, folder)
+    # What is there needs no room any more; a part of it is not counted twice.
+    assert window.to_fetch([[SHARDS[1]]]) == {folder: 200088 - 1000}
+    with window.in_order([[SHARDS[1]]]):
+        assert not (folder / f"{digests[0]}.safetensors").exists()
+    assert (folder / "thesis.txt").exists()
+
+
+def test_a_window_smaller_than_a_step_is_refused_with_what_it_needs(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    window = ShardWindow(open_repo(), tmp_path / "window", max_bytes=300_000)
+    assert window.to_fetch([[SHARDS[0]], [SHARDS[1]]]) == {tmp_path / "window": 300_000}
+    with pytest.raises(OptionError, match="use --max-disk 401kB or more"):
+        window.to_fetch([list(SHARDS)])
+
+
+def test_a_window_without_room_names_its_volume_and_option(
+    hub: Any, open_repo: Callable[..., HubRepository], tmp_path: Path
+) -> None:
+    hub.add(REPO, model())
+    window = ShardWindow(open_repo(), tmp_path / "window")
+    with pytest.raises(OutputError, match="cannot be stored: .*another --work-dir") as caught:
+        with largest_file(100_000):
+            window.path(SHARDS[0])
+    assert one_line(caught).startswith(f"{tmp_path / 'window'}: {REPO}/{SHARDS[0]}")
+    assert window.path(SHARDS[0]).read_bytes() == model()[SHARDS[0]]
 
 
 # Repositories that hold something else
