@@ -154,6 +154,8 @@ class HubRepository:
             )
         except Exception as err:
             return cls._open_cached(at, err, patience, report, known)
+        if found.name.lower() != repo_id.lower():
+            report.warn(f"{repo_id}: is called {printable(found.name)} now; use that name")
         check_weights(at, found.files)
         report.note(f"{repo_id}: revision {printable(at.revision)} is commit {found.commit}")
         return cls(at, found.commit, found.top_level(), False, patience, report)
@@ -272,8 +274,8 @@ class HubRepository:
         self._check_online(name)
         file = self.listed(name)
         self.report.note(f"{self.label}/{name}: downloading {file.size / 1e6:,.1f} MB")
-        self.transfer.download(name, file, path, part=part, room=room)
-        self._verified[name] = _signature(path)  # on its way
+        if self.transfer.download(name, file, path, part=part, room=room):
+            self._verified[name] = _signature(path)  # hashed on its way
 
     @contextmanager
     def in_order(self, steps: Sequence[Sequence[str]]) -> Iterator[Callable[[], None]]:

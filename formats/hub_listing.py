@@ -20,8 +20,9 @@ from rilq.formats.index import PICKLES
 
 @dataclass(frozen=True)
 class Listing:
-    """One commit: its hash, and path to size and digest of all its files."""
+    """One commit: the repository's name, its hash, and path to size and digest of all its files."""
 
+    name: str
     commit: str
     files: Mapping[str, RemoteFile]
 
@@ -62,7 +63,7 @@ def fetch_listing(at: Address) -> Listing:
         files[file.rfilename] = RemoteFile.of(
             file.size, file.lfs.sha256 if file.lfs else file.blob_id
         )
-    return Listing(info.sha, files)
+    return Listing(info.id, info.sha, files)
 
 
 def check_weights(at: Address, names: Iterable[str]) -> None:

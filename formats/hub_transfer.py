@@ -28,7 +28,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from rilq import __version__
 from rilq.errors import HubError, OutputError, RilqError, printable
-from rilq.formats.durable import current_umask, sync_folder
+from rilq.formats.durable import sync_folder
 from rilq.formats.hub_cache import RemoteFile, add_to_hash
 from rilq.formats.hub_requests import Address, Patience, explain, safe_cause, with_patience
 from rilq.progress import Reporter
@@ -115,10 +115,10 @@ class Transfer:
         self._fill(name, wanted)
         return bytes(wanted.content)
 
-    def download(self, name: str, file: RemoteFile, path: Path, *, part: Path, room: str) -> None:
+    def download(self, name: str, file: RemoteFile, path: Path, *, part: Path, room: str) -> bool:
         """Fetch a file to `path`, where it appears whole and with the digest that the Hub states.
 
-        Another process that does the same is waited for.
+        Another process that does the same is waited for; `False` if the file is that one's.
 
         Args:
             name: in the repository.
@@ -137,7 +137,7 @@ class Transfer:
         with _opened(part, self, label, room) as handle:
             if path.exists() and path.stat().st_size == file.size:  # another process was faster
                 part.unlink()
-                return
+                return False
             growing = _Part(handle, file, partial(stored, path.parent, label, room))
             _check_space(path.parent, label, file.size - growing.begin, room)
             for _ in range(1 + REFETCHES):
@@ -153,10 +153,10 @@ class Transfer:
                     "that the Hub states); check the network or the proxy, then run again"
                 )
             with stored(path.parent, label, room):
-                os.fchmod(handle.fileno(), 0o666 & ~current_umask())
                 os.fsync(handle.fileno())
                 os.replace(part, path)
                 sync_folder(path.parent)
+        return True
 
     def _fill(self, name: str, sink: Sink) -> None:
         """Ask until the sink has all of its bytes, each time from where the last attempt ended."""
@@ -291,7 +291,8 @@ def _opened(part: Path, transfer: Transfer, label: str, room: str) -> Iterator[F
     while True:
         with stored(part.parent, label, room):
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-            file = FileIO(os.open(part, flags, 0o600), "r+")
+            # With the mode that the umask allows; asking for that is not for a thread.
+            file = FileIO(os.open(part, flags, 0o666), "r+")
         with file:
             if _locked(file) and _is_at(file, part):
                 yield file
@@ -308,6 +309,8 @@ def _locked(file: FileIO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a file system without locks: two that fetch the same file fetch it twice
+        return True
     return True
 
 

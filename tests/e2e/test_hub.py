@@ -294,6 +294,13 @@ def test_kill_9_in_a_download_costs_only_the_bytes_in_flight(
     assert not list(tmp_path.rglob("*.part"))
 
 
+def check_unmapped() -> None:
+    """That no deleted shard still takes room because a tensor of it is held."""
+    deleted = [line for line in Path("/proc/self/maps").read_text().splitlines()
+               if "/source/" in line and line.endswith("(deleted)")]  # fmt: skip
+    assert not deleted, deleted
+
+
 def test_max_disk_bounds_the_bytes_of_the_source(
     from_hub: Callable[..., Any],
     tmp_path: Path,
@@ -301,8 +308,11 @@ def test_max_disk_bounds_the_bytes_of_the_source(
     folder_hashes: dict[str, str],
     hashes: Callable[[Path], dict[str, str]],
 ) -> None:
+    def first() -> None:
+        workdir.reached = lambda _point: check_unmapped()
+
     with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
-        ended = from_hub("--max-disk", "400kB")
+        ended = from_hub("--max-disk", "400kB", first=first)
     assert ended.code == 0, ended.err
     assert 0 < watch.most_bytes <= 400_000
     assert without_manifest(hashes(tmp_path / "out")) == folder_hashes

@@ -110,6 +110,7 @@ class LocalHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.page = ""  # HTML that is answered to everything, as a proxy's login does
+        self.renamed: dict[str, str] = {}  # old name to new; requests are redirected
         self.ranges = True  # else they are ignored, as some proxies do
         self.periods: dict[str, int] = {}  # of `fail_every`
         self.counts: Counter[str] = Counter()
@@ -259,6 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
     def route(self, path: str, token: str, body: bytes) -> None:
         if self.server.name == "cdn":
             return self.send_blob(self.on_cdn(path.rpartition("/")[2]), {})
+        for old, new in self.hub.renamed.items():
+            if f"/{old}/" in f"{path}/":
+                return self.reply(307, b"", {"Location": path.replace(old, new)})
         if token and token not in self.hub.tokens:
             raise Refusal(401, "Invalid credentials in Authorization header")
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]+)/([^/]+))?", path):

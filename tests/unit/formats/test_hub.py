@@ -434,6 +434,17 @@ def test_a_login_page_in_the_place_of_a_shard_is_told_as_such_and_not_kept(
     assert [blob.stat().st_size for blob in blobs(tmp_path)] == [0]
 
 
+def test_a_renamed_repository_is_read_with_a_warning_that_says_its_name(
+    hub: Any, open_repo: Callable[..., HubRepository]
+) -> None:
+    hub.add(REPO, model())
+    hub.renamed["old/name"] = REPO
+    report = Notes()
+    checkpoint = Checkpoint.open(open_repo("old/name", report=report))
+    checkpoint.read(checkpoint.tensors)
+    assert report.warnings == ["old/name: is called org/model now; use that name"]
+
+
 def test_a_proxy_is_used_for_headers_files_and_shards(
     hub: Any, open_repo: Callable[..., HubRepository], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +554,9 @@ def test_what_another_process_had_fetched_is_continued_by_range(
     asked = [r.range for r in hub.got(f"GET /{SHARDS[0]}")]
     assert asked == [None, "bytes=100044-200087"]
     assert not part_of(tmp_path, repo, SHARDS[0]).exists()
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert repo.path(SHARDS[0]).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("damage", ["flipped", "too long", "zeros"])
