@@ -187,7 +187,7 @@ class Transfer:
             while sink.begin < sink.end:
                 self.ask(attempt, name, advanced)
         except HubError as err:
-            if not isinstance(sink, _Part):
+            if not isinstance(sink, _Part) or not sink.begin:
                 raise
             raise HubError(f"{err} ({sink.begin} of {sink.end} bytes are kept)") from err
 
