@@ -118,18 +118,27 @@ def use_hub(hub: Any, home: Path) -> None:
     time.sleep = lambda seconds: sleep(seconds / 100)  # between attempts, the client's too
 
 
+@pytest.fixture(scope="module")
+def kept_hashes() -> dict[str, str]:
+    """What `folder_hashes` finds, once for all tests here."""
+    return {}
+
+
 @pytest.fixture
 def folder_hashes(
+    kept_hashes: dict[str, str],
     deep_llama: Path,
-    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
     arguments: Callable[..., list[str]],
     run_cli: Callable[..., Any],
     hashes: Callable[[Path], dict[str, str]],
 ) -> dict[str, str]:
     """What the same conversion of the folder gives; rilq.json, which names the source, left out."""
-    (tmp_path / "local").mkdir()
-    assert run_cli(*arguments(tmp_path / "local", *QUICK, model=deep_llama)).code == 0
-    return without_manifest(hashes(tmp_path / "local" / "out"))
+    if not kept_hashes:
+        folder = tmp_path_factory.mktemp("local")
+        assert run_cli(*arguments(folder, *QUICK, model=deep_llama)).code == 0
+        kept_hashes |= without_manifest(hashes(folder / "out"))
+    return kept_hashes
 
 
 def without_manifest(found: dict[str, str]) -> dict[str, str]:
