@@ -263,7 +263,7 @@ def _run_id(path: Path) -> str:
 
 
 # A unit's file, a shard, or one of either that was never finished.
-_OURS = re.compile(r"[^.].*\.(safetensors|bin|part)|\..+\.[0-9a-f]{16}\.tmp")
+_OURS = re.compile(r"[^.].*\.(safetensors|bin)|[0-9a-f]{40,64}\.part|\..+\.[0-9a-f]{16}\.tmp")
 
 
 def _is_ours(path: Path) -> bool:
