@@ -240,6 +240,18 @@ def _convert_options(
     student: Annotated[
         str, _option(_MACHINE, "Weights while training: auto, dense or packed.")
     ] = "auto",
+    evict: Annotated[
+        bool,
+        _option(
+            _MACHINE,
+            "Of a model on the Hub, keep 3 shards on disk at most: each is deleted when its last "
+            "tensor has been used.",
+            "--evict",
+        ),
+    ] = False,
+    max_disk: Annotated[
+        str | None, _option(_MACHINE, "As --evict, and no more than this, such as 20GB.")
+    ] = None,
     max_shard_size: Annotated[str, _option(_OUT, "Such as 5GB or 500MiB.")] = "5GB",
     output_dir: Annotated[
         Path | None,
@@ -293,6 +305,8 @@ def _convert_options(
         device=device,
         dtype=dtype,
         student=student,
+        evict=evict,
+        max_disk=max_disk,
         max_shard_size=max_shard_size,
         output_dir=output_dir,
         work_dir=work_dir,

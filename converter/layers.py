@@ -99,6 +99,15 @@ class StreamedModel:
             if not n.startswith(self.prefix + ".") and not n.endswith(_DERIVED) and n not in tied
         ]
 
+    def tied_names(self) -> list[str]:
+        """Checkpoint names of a head that is stored although it is the embedding."""
+        return sorted(_tied_names(self.model) & self.checkpoint.tensors.keys())
+
+    def reading_steps(self) -> list[list[str]]:
+        """What is read of the checkpoint, in order: all that is outer, then layer by layer."""
+        layers = [self.layer_names(index) for index in range(len(self.layers))]
+        return [[*self.outer_names(), *self.tied_names()], *layers]
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of decoder layer `index` by full module name, in the order of definition."""
         return {
@@ -110,21 +119,20 @@ class StreamedModel:
     # -- weights in and out ----------------------------------------------------------------------
 
     def load_outer(self, tensors: dict[str, Tensor]) -> None:
-        """Put embedding, final norm and head on the device; they stay until dropped.
-
-        Raises:
-            CheckpointError: a head is stored that is not the embedding it is said to be tied to.
-        """
+        """Put embedding, final norm and head on the device; they stay until dropped."""
         for name, value in tensors.items():
             # Cloned: a view would keep the whole shard mapped for as long as the model lives.
             place_tensor(self.model, name, value.clone(), self.device)
         self.model.tie_weights()  # type: ignore[operator]
         place_buffers(self.model, self.device)
-        self._check_tied()
 
-    def _check_tied(self) -> None:
-        """transformers would use a stored head that differs; the embedding must not stand in."""
-        for name in _tied_names(self.model) & self.checkpoint.tensors.keys():
+    def check_tied(self) -> None:
+        """transformers would use a stored head that differs; the embedding must not stand in.
+
+        Raises:
+            CheckpointError: a head is stored that is not the embedding it is said to be tied to.
+        """
+        for name in self.tied_names():
             head = self.model.get_parameter(name)
             if not torch.equal(self.checkpoint.read([name])[name].to(head), head):
                 raise tied_head_differs(self.checkpoint.source.label, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from rilq.errors import OptionError, one_line
+from rilq.errors import OptionError, RilqError, one_line
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,38 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+# What torch, Rust and the system say when memory or address space is used up.
+_EXHAUSTED = ("can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
+
+
+@contextmanager
+def memory_errors_explained(state: Callable[[], str]) -> Iterator[None]:
+    """Say in one screen that memory ran out, and where.
+
+    Args:
+        state: what is finished by then, for the message.
+
+    Raises:
+        RilqError: in the place of what torch or the system raised.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as err:
+        exhausted = isinstance(err, (MemoryError, torch.OutOfMemoryError)) or (
+            err.errno == errno.ENOMEM
+            if isinstance(err, OSError)
+            else any(words in str(err) for words in _EXHAUSTED)
+        )
+        if not exhausted:
+            raise
+        raise RilqError(
+            f"memory ran out {state()}: {one_line(err)}\n"
+            "  close other programs and run the same command again, it goes on from there; or "
+            "begin anew (--resume never) with a lower --seqlen or --batch-size, or with --student "
+            "packed"
+        ) from err
 
 
 @contextmanager

@@ -118,6 +118,9 @@ class ConvertOptions:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     student: Tier | Literal["auto"] = "auto"
+    # the source's shards on disk, where it is on the Hub
+    evict: bool = False
+    max_disk: str | None = None
     # the output
     max_shard_size: str = "5GB"
     output_dir: Path | None = None
@@ -182,6 +185,11 @@ class ConvertOptions:
         return self.work_dir or self.output.with_name(self.output.name + ".rilq-work")
 
     @property
+    def evicts(self) -> bool:
+        """Whether shards from the Hub are deleted once they are used up."""
+        return self.evict or self.max_disk is not None
+
+    @property
     def more_bits(self) -> tuple[int, ...]:
         """What a linear may get instead of `bits`, where an average is asked for."""
         if self.avg_bits is None:
@@ -202,7 +210,7 @@ class ConvertOptions:
         """Every option that has an effect on the result, as JSON values without any path."""
         without = {
             "model", "revision", "dataset", "output_dir", "work_dir", "resume", "keep_work",
-            "device", "dtype", "student",
+            "device", "dtype", "student", "evict", "max_disk",
         }  # fmt: skip
         values = {k: v for k, v in asdict(self).items() if k not in without}
         values["bits_for"] = dict(self.bits_for)

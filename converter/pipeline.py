@@ -28,7 +28,7 @@ from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss
-from rilq.converter.machine import measure_machine
+from rilq.converter.machine import measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
@@ -36,12 +36,22 @@ from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
-from rilq.converter.workdir import WorkDir, has_begun, open_workdir, peek
+from rilq.converter.workdir import (
+    SOURCE_FOLDER,
+    WorkDir,
+    has_begun,
+    open_workdir,
+    peek,
+    peek_facts,
+)
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
-from rilq.formats.hub import open_source
+from rilq.formats.hub import HubRepository, open_source
+from rilq.formats.hub_cache import RemoteFile
+from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
 from rilq.formats.shard_writer import write_tensors
+from rilq.formats.source import Source
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
 from rilq.formats.writer import check_output, parse_size
 from rilq.progress import Reporter
@@ -87,11 +97,7 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
     parse_size(options.max_shard_size)
-    begun = peek(options.work) if options.resume != "never" else None
-    revision = options.revision
-    if begun and begun["fingerprint"].get("model") == options.model:
-        revision = begun["fingerprint"].get("commit") or revision
-    source = open_source(options.model, revision=revision, report=report)
+    source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
@@ -138,9 +144,10 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         work.check_files(report)
         work.remove_strays(report)
         if work.records:
-            report.note(f"continuing after {work.records[-1].unit!r} of {options.work}")
+            report.note(f"continuing after {work.last_unit} of {options.work}")
             check_source(job.checkpoint, work)
-        quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
+        with memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"):
+            quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
         if not options.keep_work:
             work.remove()
     return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
@@ -171,6 +178,7 @@ class _Conversion:
         self, tokenizer: PreTrainedTokenizerBase, fingerprint: dict[str, Any]
     ) -> dict[str, Any]:
         tokens, data = self._rows(tokenizer)
+        _record_source(self.job.checkpoint.source, self.work)
         validation = max(1, round(len(tokens) * self.options.val_ratio))
         stream = StreamingPass(
             self.job.checkpoint,
@@ -451,6 +459,32 @@ def source_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
         "commit": checkpoint.source.commit,
         "header_hash": checkpoint.header_hash(),
     }
+
+
+def _open_source(options: ConvertOptions, report: Reporter) -> Source:
+    """The source, at the commit that a stopped job began with; with few shards on disk if asked."""
+    limit = None if options.max_disk is None else parse_size(options.max_disk)
+    begun = peek(options.work) if options.resume != "never" else None
+    revision, recorded = options.revision, None
+    if begun and begun["fingerprint"].get("model") == options.model:
+        revision = begun["fingerprint"].get("commit") or revision
+        recorded = peek_facts(options.work, "source") if options.evicts else None
+    known = {n: RemoteFile.of(*of) for n, of in recorded["files"].items()} if recorded else None
+    source = open_source(options.model, revision=revision, known=known, report=report)
+    if not options.evicts:
+        return source
+    if not isinstance(source, HubRepository):
+        report.note(f"{options.model}: a local folder, of which --evict and --max-disk keep all")
+        return source
+    heads = recorded["heads"] if recorded else None
+    return ShardWindow(source, options.work / SOURCE_FOLDER, limit, heads=heads)
+
+
+def _record_source(source: Source, work: WorkDir) -> None:
+    """Keep what the Hub said about shards that will be deleted: later steps need not ask again."""
+    if isinstance(source, ShardWindow) and not work.stage("source"):
+        files = {name: [file.size, file.digest] for name, file in source.repo.listing.items()}
+        work.commit("source", "source", {"files": files, "heads": source.heads})
 
 
 def versions() -> dict[str, str]:

@@ -36,7 +36,6 @@ from rilq.converter.options import (
 )
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.errors import OptionError, OutputError
-from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import CHUNK
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
@@ -233,7 +232,7 @@ def make_plan(
         device_bytes=None if on_cpu else peak,
         host_free=machine.host_free,
         device_free=machine.device_free,
-        disks=_disks(options, checkpoint, sizes.work_bytes(item, options), output),
+        disks=_disks(options, streamed, sizes.work_bytes(item, options), output),
         output_bytes=output,
         bits_per_weight=sizes.quantized_bits / max(1, sizes.quantized_weights),
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
@@ -582,7 +581,7 @@ def _choose(
 
 
 def _disks(
-    options: ConvertOptions, checkpoint: Checkpoint, work: int, output: int
+    options: ConvertOptions, streamed: StreamedModel, work: int, output: int
 ) -> tuple[Disk, ...]:
     """Bytes per volume; folders on one volume are added up."""
     needs: dict[int, Disk] = {}
@@ -590,9 +589,10 @@ def _disks(
         (options.work, WORK, work),
         (options.output, OUTPUT, output),
     ]
-    cache, missing = checkpoint.source.to_fetch([*checkpoint.shards, *checkpoint.side_files()])
-    if missing:
-        wanted.append((cache, DOWNLOADS, missing))
+    checkpoint = streamed.checkpoint
+    steps = [checkpoint.shards_of(names) for names in streamed.reading_steps()]
+    missing = checkpoint.source.to_fetch([*steps, checkpoint.side_files()])
+    wanted += [(folder, DOWNLOADS, count) for folder, count in missing.items()]
     for path, holds, needed in wanted:
         volume = volume_of(path)
         known = needs.get(volume.device)

@@ -124,11 +124,19 @@ class StreamingPass:
     @large_blocks_returned()
     def run(self, *, targets: bool) -> None:
         """Do what is not done yet; with `targets`, also the teacher's final hidden states."""
-        self._outer()
         done = len(self.work.stage("layers"))
+        outer = len(self.work.stage("outer"))
+        steps = self.streamed.reading_steps()
+        with self.checkpoint.in_order(steps[outer + max(0, done - 1) :]) as advance:
+            self._outer(advance)
+            if done < len(steps) + targets:
+                self._layers(done, advance)
+        if targets and done < len(steps) + targets:
+            self._targets()
+
+    def _layers(self, done: int, advance: Callable[[], None]) -> None:
+        """What follows the outer tensors, of which `done` units are finished."""
         count = len(self.streamed.layers)
-        if done == count + 1 + targets:
-            return
         self.streamed.prepare(self.shape[1])
         self.report.stage("layers", count, "layer")
         if done == 0:
@@ -138,17 +146,23 @@ class StreamingPass:
         self.report.step(done - 1)
         for index in range(done - 1, count):
             error = self._layer(index)
+            advance()
             self.report.step(index + 1, error=round(error, 4))
-        if targets:
-            self._targets()
 
-    def _outer(self) -> None:
-        """Embedding, final norm and head: on the device, and saved for the output."""
-        if not self.work.stage("outer"):
-            paths = self._save_outer()
-            facts = {"source": self._source_hashes(self.streamed.outer_names())}
-            self.work.commit("outer", "outer", facts, files={p: file_hash(p) for p in paths})
+    def _outer(self, advance: Callable[[], None]) -> None:
+        """Embedding, final norm and head: on the device, and saved for the output.
+
+        The checkpoint is asked for them, and for a head that should be one of them, once only.
+        """
+        if self.work.stage("outer"):
+            self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
+            return
+        paths = self._save_outer()
         self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
+        self.streamed.check_tied()
+        facts = {"source": self._source_hashes(self.streamed.outer_names())}
+        self.work.commit("outer", "outer", facts, files={p: file_hash(p) for p in paths})
+        advance()
 
     def _save_outer(self) -> list[Path]:
         """Write them as in the source and, where any is quantized, as in the output too."""

@@ -4,6 +4,7 @@
         rilq.lock        flock held while a run lasts; pid, host and start inside, for the message
         journal.jsonl    one line per finished unit, each with a checksum; append-only
         *.safetensors, *.bin   files that the journal names, each under a name of its own
+        source/                shards of the source that are in use, where it is kept in part
 
 A unit of work is finished when its line is in the journal, and never because a file is there. A
 line names the unit's files with their size and xxh3; on resume they are checked, and a stage with a
@@ -30,6 +31,7 @@ from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
 STATE_FORMAT = 1
+SOURCE_FOLDER = "source"
 
 Resume = Literal["auto", "never", "required"]
 
@@ -73,6 +75,11 @@ class WorkDir:
     def run_id(self) -> str:
         """Hex of this host and the folder's first place; names what lies outside the folder."""
         return str(self.job["run_id"])
+
+    @property
+    def last_unit(self) -> str:
+        """The unit that was finished last, for messages."""
+        return repr(self.records[-1].unit) if self.records else "the beginning"
 
     def file(self, name: str) -> Path:
         """Path of a file in the folder."""
@@ -150,8 +157,11 @@ class WorkDir:
         """
         (self.path / "journal.jsonl").unlink(missing_ok=True)
         reached("remove:begun")
-        for path in filter(_is_ours, list(self.path.iterdir())):
+        source = self.path / SOURCE_FOLDER
+        for path in filter(_is_ours, [*self.path.iterdir(), *source.glob("*")]):
             path.unlink()
+        with suppress(OSError):
+            source.rmdir()
         (self.path / "rilq.lock").unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
@@ -250,13 +260,20 @@ def has_begun(path: Path, fingerprint: Mapping[str, Any]) -> bool:
     return True
 
 
+def peek_facts(path: Path, stage: str) -> dict[str, Any] | None:
+    """Facts of the last unit of a stage, likewise."""
+    lines, _ = read_lines(path)
+    records = [record for record in _records(lines[1:]) if record.stage == stage]
+    return records[-1].facts if records else None
+
+
 def _run_id(path: Path) -> str:
     """Not random: whoever deletes the folder and starts anew finds the old staging folder."""
     return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()}:{path.resolve()}".encode()))
 
 
-# A unit's file, or one of `atomic_file` that was never finished.
-_OURS = re.compile(r"[^.].*\.(safetensors|bin)|\..+\.[0-9a-f]{16}\.tmp")
+# A unit's file, a shard, or one of either that was never finished.
+_OURS = re.compile(r"[^.].*\.(safetensors|bin)|[0-9a-f]{40,64}\.part|\..+\.[0-9a-f]{16}\.tmp")
 
 
 def _is_ours(path: Path) -> bool:

@@ -100,19 +100,23 @@ def last_states(
     subject: Subject, tokens: Tensor, folder: Path, report: Reporter
 ) -> ActivationStore:
     """The last decoder layer's output on disk; embedding and head stay on the device."""
-    streamed = subject.streamed
-    streamed.load_outer(streamed.checkpoint.read(streamed.outer_names()))
-    streamed.prepare(tokens.shape[1])
-    batches = tokens.split(max(1, LAYER_TOKENS // tokens.shape[1]))
-    shape = (*tokens.shape, streamed.config.hidden_size)
-    states = ActivationStore(folder / "embedding.bin", shape, streamed.dtype)
-    _write(states, map(streamed.embed, batches), f"{subject.label}: embedding")
-    for index in range(len(streamed.layers)):
-        following = ActivationStore(folder / f"layer-{index}.bin", shape, streamed.dtype)
-        _run_layer(subject, index, states, following)
-        states.delete()
-        states = following
-        report.step(index + 1)
+    streamed, checkpoint = subject.streamed, subject.streamed.checkpoint
+    with checkpoint.in_order(streamed.reading_steps()) as advance:
+        streamed.load_outer(checkpoint.read(streamed.outer_names()))
+        streamed.check_tied()
+        advance()
+        streamed.prepare(tokens.shape[1])
+        batches = tokens.split(max(1, LAYER_TOKENS // tokens.shape[1]))
+        shape = (*tokens.shape, streamed.config.hidden_size)
+        states = ActivationStore(folder / "embedding.bin", shape, streamed.dtype)
+        _write(states, map(streamed.embed, batches), f"{subject.label}: embedding")
+        for index in range(len(streamed.layers)):
+            following = ActivationStore(folder / f"layer-{index}.bin", shape, streamed.dtype)
+            _run_layer(subject, index, states, following)
+            advance()
+            states.delete()
+            states = following
+            report.step(index + 1)
     return states
 
 

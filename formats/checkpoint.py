@@ -1,7 +1,8 @@
 """A checkpoint, as a folder or a repository holds it: checked whole at the start, read lazily."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -142,6 +143,20 @@ class Checkpoint:
     def source_names(self, names: Iterable[str]) -> list[str]:
         """What `read` takes from the files to give some tensors: just those."""
         return self._known(names)
+
+    def shards_of(self, names: Iterable[str]) -> list[str]:
+        """The shards that `read` opens to give some tensors, each once."""
+        return list(dict.fromkeys(self.shard_of[name] for name in self.source_names(names)))
+
+    def in_order(
+        self, steps: Sequence[Sequence[str]]
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Say which tensors each of the next steps reads, so that their shards are there in time.
+
+        What the context gives is to be called after each step, when none of its tensors is held
+        any more: a shard that no later step needs may be deleted then.
+        """
+        return self.source.in_order([self.shards_of(names) for names in steps])
 
     def read(self, names: Iterable[str], *, check_finite: bool = True) -> dict[str, Tensor]:
         """Views of some tensors in memory-mapped shards, all touched, hashed and checked once.

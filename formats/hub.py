@@ -1,26 +1,24 @@
 """A checkpoint on the Hub: one pinned commit of which only the needed files are fetched."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import ERROR
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urljoin, urlsplit
+from threading import Event
 
-from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import FileMetadataError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    build_hf_headers,
     disable_progress_bars,
-    hf_raise_for_status,
     validate_repo_id,
 )
 from huggingface_hub.utils.logging import set_verbosity
 
 from rilq import __version__
-from rilq.errors import CheckpointError, HubError, OptionError, RilqError, printable
+from rilq.errors import CheckpointError, HubError, OptionError, printable
 from rilq.formats.hub_cache import RemoteFile, RepositoryCache, missing_weights
 from rilq.formats.hub_listing import check_weights, fetch_listing, some
 from rilq.formats.hub_requests import (
@@ -34,14 +32,13 @@ from rilq.formats.hub_requests import (
     unreachable,
     with_patience,
 )
+from rilq.formats.hub_transfer import REFETCHES, Transfer, stored
+from rilq.formats.read_ahead import ReadAhead, reading_ahead
 from rilq.formats.shard import header_length, parse_header, read_head
 from rilq.formats.source import CONFIG, LocalFolder, Source
 from rilq.progress import Reporter, SilentReporter
 
-Result = TypeVar("Result")
-
-REFETCHES = 3  # after a first copy that was damaged
-REDIRECTS = 5
+SHA256_DIGITS = 64
 FIRST_BYTES = 1 << 16  # of a shard: the headers of most fit, which saves a second request
 
 
@@ -49,6 +46,7 @@ def open_source(
     model: str,
     *,
     revision: str | None = None,
+    known: Mapping[str, RemoteFile] | None = None,
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
 ) -> Source:
     """The folder or the Hub repository that `model` means; an existing folder comes first.
@@ -56,6 +54,7 @@ def open_source(
     Args:
         model: a folder, or `owner/name` on the Hub.
         revision: branch, tag or commit hash on the Hub; "main" if None.
+        known: see `HubRepository.open`.
         report: receives notes and warnings.
 
     Raises:
@@ -83,7 +82,7 @@ def open_source(
         raise CheckpointError(
             f"{shown or 'an empty text'}: neither a folder nor a name on the Hub{remedy}"
         ) from err
-    return HubRepository.open(model, revision, report=report)
+    return HubRepository.open(model, revision, known=known, report=report)
 
 
 @dataclass
@@ -103,7 +102,12 @@ class HubRepository:
     offline: bool
     patience: Patience = field(repr=False)
     report: Reporter = field(repr=False)
+    transfer: Transfer = field(init=False, repr=False)
+    _ahead: ReadAhead | None = field(default=None, init=False, repr=False)
     _verified: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.transfer = Transfer(self.at, self.commit, self.patience, self.report)
 
     @classmethod
     def open(
@@ -111,6 +115,7 @@ class HubRepository:
         repo_id: str,
         revision: str | None = None,
         *,
+        known: Mapping[str, RemoteFile] | None = None,
         report: Reporter = SilentReporter(),  # noqa: B008 - stateless
         endpoint: str | None = None,
         cache: Path | None = None,
@@ -125,6 +130,8 @@ class HubRepository:
         Args:
             repo_id: `owner/name`.
             revision: branch, tag or commit hash; "main" if None.
+            known: the files of a commit hash, from an earlier run. With them the cache stands in
+                for the Hub although it lacks shards: they may not be needed any more.
             report: receives notes and warnings.
             endpoint: the Hub's URL; None for the client library's (`HF_ENDPOINT`).
             cache: the folder of cached repositories; None for the library's (`HF_HUB_CACHE`).
@@ -146,14 +153,21 @@ class HubRepository:
                 lambda: fetch_listing(at), repo_id, patience, report, reached=False
             )
         except Exception as err:
-            return cls._open_cached(at, err, patience, report)
+            return cls._open_cached(at, err, patience, report, known)
+        if found.name.lower() != repo_id.lower():
+            report.warn(f"{repo_id}: is called {printable(found.name)} now; use that name")
         check_weights(at, found.files)
         report.note(f"{repo_id}: revision {printable(at.revision)} is commit {found.commit}")
         return cls(at, found.commit, found.top_level(), False, patience, report)
 
     @classmethod
     def _open_cached(
-        cls, at: Address, err: Exception, patience: Patience, report: Reporter
+        cls,
+        at: Address,
+        err: Exception,
+        patience: Patience,
+        report: Reporter,
+        known: Mapping[str, RemoteFile] | None,
     ) -> "HubRepository":
         why = explain(err, at)
         offline = isinstance(err, OfflineModeIsEnabled)
@@ -165,7 +179,7 @@ class HubRepository:
             raise why from safe_cause(err)
         folder = config.parent
         missing = missing_weights(folder)
-        if missing:
+        if missing and known is None:
             raise HubError(
                 f"{why}; the cache lacks {len(missing)} files of commit {folder.name}: "
                 f"{some(missing)}"
@@ -173,7 +187,8 @@ class HubRepository:
         if not offline:  # that was asked for
             report.warn(str(why))
         report.note(f"{at.repo_id}: working from the cache, commit {folder.name}")
-        return cls(at, folder.name, cache.listing(folder), True, patience, report)
+        listing = known or cache.listing(folder)
+        return cls(at, folder.name, listing, True, patience, report)
 
     @property
     def label(self) -> str:
@@ -191,11 +206,12 @@ class HubRepository:
             CheckpointError: the header is not valid, which was tried several times.
             HubError: the Hub refused, or could not be reached.
         """
-        file = self._listed(name)
+        file = self.listed(name)
         shard = f"{self.label}/{name}"
-        cached = self._cache.find(name, self.commit)
+        cached = self.cached(name)
         if cached is not None and cached.stat().st_size == file.size:
             return read_head(cached, shard)
+        self._check_online(name)
         for attempts_left in reversed(range(1 + REFETCHES)):
             head = self._fetch_head(name, file.size)
             try:
@@ -213,10 +229,15 @@ class HubRepository:
             HubError: the Hub refused, could not be reached, or sent a damaged file each time.
             OutputError: the volume of the cache is full or cannot be written.
         """
-        file = self._listed(name)
+        if self._ahead is not None:
+            self._ahead.wait_for(name)
+        return self.fetch(name)
+
+    def fetch(self, name: str) -> Path:
+        """As `path`, now and by the calling thread."""
         for _ in range(1 + REFETCHES):
-            path = self._cache.find(name, self.commit) or self._download(name, file)
-            if self._verify(name, path, file):
+            path = self._cache.find(name, self.commit) or self._download(name)
+            if self.verified(name, path):
                 return path
             if self.offline:
                 raise HubError(
@@ -230,16 +251,73 @@ class HubRepository:
             "is not the one that the Hub states); check the network or the proxy, then run again"
         )
 
-    def to_fetch(self, names: Iterable[str]) -> tuple[Path, int]:
-        """The folder of the cache, and bytes of those of `names` that are not in it yet."""
-        missing = [name for name in names if self._cache.find(name, self.commit) is None]
-        return self.at.cache, sum(self._listed(name).size for name in missing)
+    def cached(self, name: str) -> Path | None:
+        """Where the file lies in the cache, of this commit or of another; None if it does not."""
+        if (found := self._cache.find(name, self.commit)) is not None:
+            return found
+        digest = self.listed(name).digest
+        blob = self._cache.blob(digest) if digest else None
+        return blob if blob is not None and blob.is_file() else None
 
-    @property
-    def _cache(self) -> RepositoryCache:
-        return RepositoryCache(self.at.cache, self.label)
+    def verified(self, name: str, path: Path) -> bool:
+        """Whether a copy of the file has its digest; it is hashed once per object."""
+        seen = _signature(path)
+        if self._verified.get(name) == seen:
+            return True
+        if not self.listed(name).matches(path):
+            return False
+        self._verified[name] = seen
+        return True
 
-    def _listed(self, name: str) -> RemoteFile:
+    def download(self, name: str, path: Path, *, part: Path, room: str) -> None:
+        """Fetch a file to `path`, outside of the cache or in it; see `Transfer.download`."""
+        self._check_online(name)
+        file = self.listed(name)
+        self.report.note(f"{self.label}/{name}: downloading {file.size / 1e6:,.1f} MB")
+        if self.transfer.download(name, file, path, part=part, room=room):
+            self._verified[name] = _signature(path)  # hashed on its way
+
+    @contextmanager
+    def in_order(self, steps: Sequence[Sequence[str]]) -> Iterator[Callable[[], None]]:
+        """Fetch the file that is needed next while the caller works; nothing is deleted."""
+        with self.stoppable() as stop, reading_ahead(steps, self, stop) as ahead:
+            self._ahead = ahead
+            try:
+                yield ahead.advance
+            finally:
+                self._ahead = None
+
+    @contextmanager
+    def stoppable(self) -> Iterator[Event]:
+        """An event that stops the transfers that begin inside, and no later ones."""
+        stop = Event()
+        self.transfer = replace(self.transfer, stop=stop)
+        try:
+            yield stop
+        finally:
+            self.transfer = replace(self.transfer, stop=Event())
+
+    def has_room(self, name: str) -> bool:
+        """Always: the plan has counted all files."""
+        return True
+
+    def drop(self, name: str) -> None:
+        """Nothing is deleted from the user's cache."""
+
+    def to_fetch(self, steps: Sequence[Sequence[str]]) -> dict[Path, int]:
+        """Bytes of what is not in the cache yet, by the folder that it will lie in."""
+        names = {name for step in steps for name in step if self.cached(name) is None}
+        files = [self.listed(name) for name in names]
+        parts = [self._cache.part(file.digest) for file in files if file.digest]
+        there = sum(part.stat().st_size for part in parts if part.exists())
+        return {self.at.cache: sum(file.size for file in files) - there} if names else {}
+
+    def listed(self, name: str) -> RemoteFile:
+        """What the Hub says about a file.
+
+        Raises:
+            HubError: the commit has no such file.
+        """
         if name not in self.listing:
             raise HubError(
                 f"{self.label}/{printable(name)}: is not in commit {self.commit}; choose another "
@@ -247,103 +325,59 @@ class HubRepository:
             )
         return self.listing[name]
 
-    def _ask(self, request: Callable[[], Result], name: str) -> Result:
-        """The result of a request about `name`, with patience, or what is wrong in one line."""
+    @property
+    def _cache(self) -> RepositoryCache:
+        return RepositoryCache(self.at.cache, self.label)
+
+    def _check_online(self, name: str) -> None:
         if self.offline:
             raise HubError(
                 f"{self.label}/{printable(name)}: not in the cache {self.at.cache}, and the Hub "
                 "cannot be asked now; run the same command again when it can"
             )
-        try:
-            return with_patience(request, f"{self.label}/{name}", self.patience, self.report)
-        except RilqError:
-            raise
-        except Exception as err:
-            raise explain(err, self.at, name) from safe_cause(err)
 
     def _fetch_head(self, name: str, size: int) -> bytes:
-        first = self._fetch_range(name, 0, min(size, FIRST_BYTES))
+        first = self.transfer.read(name, 0, min(size, FIRST_BYTES))
         end = 8 + header_length(first[:8], size, f"{self.label}/{name}")
-        rest = self._fetch_range(name, len(first), end) if end > len(first) else b""
+        rest = self.transfer.read(name, len(first), end) if end > len(first) else b""
         return (first + rest)[:end]
 
-    def _fetch_range(self, name: str, begin: int, end: int) -> bytes:
-        """Bytes `begin` to `end` (exclusive) of a file, and not many more over the network.
+    def _download(self, name: str) -> Path:
+        """Fetch a file into the ordinary cache."""
+        self._check_online(name)
+        file = self.listed(name)
+        if file.digest is not None and len(file.digest) == SHA256_DIGITS:
+            path = self._download_blob(name, file.digest)
+        else:  # small, and kept by the client under a name that only the answer tells
+            path = self._download_small(name)
+        self._cache.remember(self.at.revision, self.commit)
+        return path
 
-        Each hop of a redirect is tried again by itself, or a busy CDN behind a ready Hub would use
-        up the patience of both.
-        """
-        if begin == end:
-            return b""
-        url = hf_hub_url(self.label, name, revision=self.commit, endpoint=self.at.endpoint)
-        for _ in range(REDIRECTS):
-            found = self._ask(partial(self._get_range, url, begin, end), name)
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
-        raise HubError(
-            f"{self.label}/{printable(name)}: {self.at.endpoint} redirects without end; check "
-            "HF_ENDPOINT and the proxy settings"
-        )
+    def _download_blob(self, name: str, digest: str) -> Path:
+        blob, room = self._cache.blob(digest), "set HF_HOME to a folder on another one"
+        if not blob.is_file():
+            self._cache.remove_orphans(digest, self.report)
+            self.download(name, blob, part=self._cache.part(digest), room=room)
+        with stored(self.at.cache, f"{self.label}/{printable(name)}", room):
+            return self._cache.link(name, self.commit, digest)
 
-    def _get_range(self, url: str, begin: int, end: int) -> bytes | str:
-        """The bytes, or the URL that the server points to instead."""
-        at_home = urlsplit(url)[:2] == urlsplit(self.at.endpoint)[:2]
-        headers = build_hf_headers(
-            token=None if at_home else False,  # None: the user's. Never to another origin (the CDN)
+    def _download_small(self, name: str) -> Path:
+        fetch = partial(
+            hf_hub_download,
+            self.label,
+            name,
+            revision=self.commit,
+            endpoint=self.at.endpoint,
+            cache_dir=self.at.cache,
             library_name="rilq",
             library_version=__version__,
         )
-        # Identity: a range of compressed bytes would be of no use.
-        headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        content = bytearray()
-        with get_session().stream(
-            "GET", url, headers=headers, follow_redirects=False, timeout=timeout
-        ) as response:
-            if response.has_redirect_location:
-                return str(response.headers["Location"])
-            hf_raise_for_status(response)
-            skip = 0 if response.status_code == 206 else begin  # 200: the range was ignored
-            for block in response.iter_bytes():
-                content += block
-                if len(content) >= skip + end - begin:
-                    break
-        if len(content) < skip + end - begin:
-            raise ConnectionError(f"{len(content)} of {end - begin} bytes")
-        return bytes(content[skip : skip + end - begin])
+        return Path(self.transfer.ask(fetch, name))
 
-    def _download(self, name: str, file: RemoteFile) -> Path:
-        """Fetch a file into the ordinary cache."""
-        if not self.offline:
-            self._cache.check_space(name, file.size)
-            if file.digest:
-                self._cache.remove_orphans(file.digest, self.report)
-            self.report.note(f"{self.label}/{name}: downloading {file.size / 1e6:,.1f} MB")
-        path = self._ask(
-            lambda: hf_hub_download(
-                self.label,
-                name,
-                revision=self.commit,
-                endpoint=self.at.endpoint,
-                cache_dir=self.at.cache,
-                library_name="rilq",
-                library_version=__version__,
-            ),
-            name,
-        )
-        self._cache.remember(self.at.revision, self.commit)
-        return Path(path)
 
-    def _verify(self, name: str, path: Path, file: RemoteFile) -> bool:
-        stat = path.stat()
-        seen = (stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev)
-        if self._verified.get(name) == seen:
-            return True
-        if not file.matches(path):
-            return False
-        self._verified[name] = seen
-        return True
+def _signature(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
 def quiet_library() -> None:

@@ -3,6 +3,7 @@
 The layout, documented at https://huggingface.co/docs/huggingface_hub/guides/manage-cache:
 
     models--owner--name/blobs/<digest>              contents
+    models--owner--name/blobs/<digest>.part         ours: the beginning of contents
     models--owner--name/snapshots/<commit>/<file>   links to them
     models--owner--name/refs/<branch>               holds a commit hash
 """
@@ -11,14 +12,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-from rilq.errors import OutputError, printable
+from rilq.errors import OutputError
 from rilq.formats.durable import write_bytes
 from rilq.formats.index import INDEX, SINGLE
 from rilq.progress import Reporter
@@ -44,23 +46,33 @@ class RemoteFile:
         """A file whose digest is kept only if it is one; it becomes part of paths."""
         return cls(size, digest if digest and _DIGEST.fullmatch(digest) else None)
 
+    def hasher(self) -> "hashlib._Hash":
+        """What makes `digest` of the file's bytes; sha256 where there is none to compare with."""
+        if self.digest is not None and len(self.digest) == 40:
+            return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        return hashlib.sha256()
+
     def matches(self, path: Path) -> bool:
         """Whether the file at `path` has this size and, where known, this digest."""
         if path.stat().st_size != self.size:
             return False
-        return self.digest is None or digest_of(path, len(self.digest)) == self.digest
+        return self.digest is None or digest_of(path, self.hasher()) == self.digest
 
 
-def digest_of(path: Path, digits: int) -> str:
-    """sha256 (64 digits) or git's blob sha1 (40 digits) of a file, as the Hub states them."""
-    if digits == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+def digest_of(path: Path, hasher: "hashlib._Hash") -> str:
+    """Hexadecimal digest of a file by a hasher that is new."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        add_to_hash(hasher, file)
+    return hasher.hexdigest()
+
+
+def add_to_hash(hasher: "hashlib._Hash", file: BinaryIO) -> int:
+    """Hash the rest of an open file; the bytes that there were."""
+    count = 0
+    while block := file.read(_BLOCK):
+        hasher.update(block)
+        count += len(block)
+    return count
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,27 @@ class RepositoryCache:
             return None
         found = try_to_load_from_cache(self.repo_id, name, cache_dir=self.root, revision=revision)
         return Path(found) if isinstance(found, str) else None
+
+    def blob(self, digest: str) -> Path:
+        """Where content with this digest lies, or would."""
+        return self.folder / "blobs" / digest
+
+    def part(self, digest: str) -> Path:
+        """What has arrived of it so far, by a transfer of ours."""
+        return self.folder / "blobs" / f"{digest}.part"
+
+    def link(self, name: str, commit: str, digest: str) -> Path:
+        """Give a blob its name in a commit; the path there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = self.folder / "snapshots" / commit / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        new.symlink_to(os.path.join("..", "..", "blobs", digest))
+        os.replace(new, path)
+        return path
 
     def listing(self, snapshot: Path) -> dict[str, RemoteFile]:
         """The files at the top level of a snapshot; digests are the names of their blobs."""
@@ -150,19 +183,6 @@ class RepositoryCache:
                 write_bytes(ref, commit.encode())
         except (OSError, OutputError):  # only a convenience; a file that must be written will tell
             return
-
-    def check_space(self, name: str, size: int) -> None:
-        """Raise OutputError if a file of `size` bytes does not fit on the cache's volume."""
-        folder = self.root
-        while not folder.exists() and folder != folder.parent:
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise OutputError(
-                f"{self.root}: {self.repo_id}/{printable(name)} needs {size / 1e9:,.1f} GB, this "
-                f"volume has {free / 1e9:,.1f} GB free; make room, or set HF_HOME to a folder on "
-                "another volume"
-            )
 
 
 def missing_weights(snapshot: Path) -> list[str]:

@@ -20,8 +20,9 @@ from rilq.formats.index import PICKLES
 
 @dataclass(frozen=True)
 class Listing:
-    """One commit: its hash, path to size and digest of all its files, and who may see them."""
+    """A commit: the repository's name, its hash, path to size and digest of its files, privacy."""
 
+    name: str
     commit: str
     files: Mapping[str, RemoteFile]
     private: bool = False
@@ -63,7 +64,7 @@ def fetch_listing(at: Address) -> Listing:
         files[file.rfilename] = RemoteFile.of(
             file.size, file.lfs.sha256 if file.lfs else file.blob_id
         )
-    return Listing(info.sha, files, bool(info.private))
+    return Listing(info.id, info.sha, files, bool(info.private))
 
 
 def check_weights(at: Address, names: Iterable[str]) -> None:

@@ -35,7 +35,7 @@ class LocalFile:
         """Measure a file, which is read once, or bytes."""
         if isinstance(content, bytes):
             return cls(content, len(content), hashlib.sha256(content).hexdigest())
-        return cls(content, content.stat().st_size, digest_of(content, 64))
+        return cls(content, content.stat().st_size, digest_of(content, hashlib.sha256()))
 
     def is_at(self, remote: RemoteFile | None) -> bool:
         """Whether the Hub's file is this one; it states git's hash for what is not in LFS."""
@@ -44,7 +44,7 @@ class LocalFile:
         if len(remote.digest) == 64:
             return remote.digest == self.sha256
         if isinstance(self.content, Path):
-            return remote.digest == digest_of(self.content, 40)
+            return remote.digest == digest_of(self.content, remote.hasher())
         blob = b"blob %d\0" % self.size + self.content
         return remote.digest == hashlib.sha1(blob, usedforsecurity=False).hexdigest()
 

@@ -81,6 +81,7 @@ def with_patience(
     report: Reporter,
     *,
     reached: bool = True,
+    advanced: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Make a request, again and again while it fails for a reason that may pass.
 
@@ -90,21 +91,27 @@ def with_patience(
         patience: delays between attempts; a longer Retry-After of the server is obeyed.
         report: receives one note before each wait.
         reached: whether the Hub answered before, in this run.
+        advanced: whether the attempt that just failed still brought so much that the attempts are
+            counted anew.
 
     Raises:
         Exception: whatever the last attempt raised.
     """
-    for attempt, delay in enumerate(patience.delays):
+    attempt = 0
+    while True:
         try:
             return request()
         except Exception as err:
-            last = not reached and unreachable(err) and attempt >= patience.first_contact
-            if last or not may_pass(err):
+            attempt = 0 if advanced() else attempt
+            allowed = len(patience.delays)
+            if not reached and unreachable(err):
+                allowed = min(allowed, patience.first_contact)
+            if attempt >= allowed or not may_pass(err):
                 raise
-            wait = max(delay, min(_asked_wait(err), patience.longest))
+            wait = max(patience.delays[attempt], min(_asked_wait(err), patience.longest))
             report.note(f"{printable(what)}: {_reason(err)}; trying again in {wait:g} s")
+        attempt += 1
         time.sleep(wait)
-    return request()
 
 
 def cause_of(err: BaseException) -> BaseException:

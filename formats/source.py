@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
@@ -34,8 +35,17 @@ class Source(Protocol):
     def head(self, name: str) -> tuple[bytes, int]:
         """A safetensors file's first 8 + N bytes and its size, without fetching all of it."""
 
-    def to_fetch(self, names: Iterable[str]) -> tuple[Path, int]:
-        """Where files come to lie, and bytes of those of `names` that are not there yet."""
+    def to_fetch(self, steps: Sequence[Sequence[str]]) -> dict[Path, int]:
+        """The most bytes that using files step by step will still write, by folder."""
+
+    def in_order(
+        self, steps: Sequence[Sequence[str]]
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Say which files each of the next steps will ask `path` for, so that they are there.
+
+        What the context gives is to be called after each step, when nothing of its files is open
+        any more.
+        """
 
 
 @dataclass(frozen=True)
@@ -81,9 +91,15 @@ class LocalFolder:
         """A safetensors file's first 8 + N bytes, and its size."""
         return read_head(self.path(name), f"{self.label}/{name}")
 
-    def to_fetch(self, names: Iterable[str]) -> tuple[Path, int]:
-        """The folder, and 0: everything is there."""
-        return self.folder, 0
+    def to_fetch(self, steps: Sequence[Sequence[str]]) -> dict[Path, int]:
+        """Nothing: everything is there."""
+        return {}
+
+    def in_order(
+        self, steps: Sequence[Sequence[str]]
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Everything is there, and stays."""
+        return nullcontext(lambda: None)
 
 
 def label_of(source: Source) -> str:

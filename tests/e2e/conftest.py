@@ -5,6 +5,7 @@ and without fsync: what a killed process has written stays in the page cache, so
 cost time here (its order is a matter of power loss, which no test makes).
 """
 
+import ctypes
 import hashlib
 import itertools
 import os
@@ -173,6 +174,41 @@ def run_cli(in_child: Callable[[Callable[[], None]], Ended]) -> Callable[..., En
         return in_child(body)
 
     return run
+
+
+def _mount_tmpfs(place: Path, options: str) -> None:
+    """Mount one that only this process sees; exit code 77 where that is not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_user, new_mounts, private = 0x10000000, 0x00020000, (1 << 18) | (1 << 14)
+    user, group = os.getuid(), os.getgid()
+    place.mkdir()
+    if libc.unshare(new_user | new_mounts):
+        raise SystemExit(77)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"),
+                       ("gid_map", f"{group} {group} 1")):  # fmt: skip
+        Path("/proc/self", name).write_text(text)
+    failed = libc.mount(b"none", b"/", None, private, None) or libc.mount(
+        b"tmpfs", bytes(place), b"tmpfs", 0, options.encode()
+    )
+    if failed:
+        raise SystemExit(77)
+
+
+def _skip_without_mounts(ended: Ended) -> None:
+    if ended.code == 77:
+        pytest.skip("this system lets nobody mount a tmpfs")
+
+
+@pytest.fixture(scope="session")
+def mount_tmpfs() -> Callable[[Path, str], None]:
+    """`mount_tmpfs(place, options)`, to be called in a child."""
+    return _mount_tmpfs
+
+
+@pytest.fixture(scope="session")
+def skip_without_mounts() -> Callable[[Ended], None]:
+    """Skips the test if a child could not mount."""
+    return _skip_without_mounts
 
 
 @pytest.fixture(scope="session")

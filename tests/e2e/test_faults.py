@@ -1,6 +1,5 @@
 """What goes wrong around a conversion: one screen that names the culprit, and nothing lost."""
 
-import ctypes
 import fcntl
 import json
 import os
@@ -228,30 +227,9 @@ def test_a_place_that_cannot_be_written_is_refused(
 # -- volumes ---------------------------------------------------------------------------------------
 
 
-def mount_tmpfs(place: Path, options: str) -> None:
-    """Mount one that only this process sees; exit code 77 where that is not allowed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_user, new_mounts, private = 0x10000000, 0x00020000, (1 << 18) | (1 << 14)
-    user, group = os.getuid(), os.getgid()
-    place.mkdir()
-    if libc.unshare(new_user | new_mounts):
-        raise SystemExit(77)
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"),
-                       ("gid_map", f"{group} {group} 1")):  # fmt: skip
-        Path("/proc/self", name).write_text(text)
-    failed = libc.mount(b"none", b"/", None, private, None) or libc.mount(
-        b"tmpfs", bytes(place), b"tmpfs", 0, options.encode()
-    )
-    if failed:
-        raise SystemExit(77)
-
-
-def skip_without_mounts(ended: Any) -> None:
-    if ended.code == 77:
-        pytest.skip("this system lets nobody mount a tmpfs")
-
-
-def test_a_read_only_volume_is_refused(tmp_path: Path, run_cli: Any, arguments: Any) -> None:
+def test_a_read_only_volume_is_refused(
+    tmp_path: Path, run_cli: Any, arguments: Any, mount_tmpfs: Any, skip_without_mounts: Any
+) -> None:
     volume = tmp_path / "volume"
     ended = run_cli(
         *arguments(tmp_path, "-o", volume / "out"), first=lambda: mount_tmpfs(volume, "ro")
@@ -260,23 +238,39 @@ def test_a_read_only_volume_is_refused(tmp_path: Path, run_cli: Any, arguments: 
     check_refused(ended, volume / "out", "Read-only file system")
 
 
+@pytest.mark.parametrize(
+    ("option", "holds"), [("--output-dir", "the output"), ("--work-dir", "the work folder")]
+)
 def test_a_volume_that_is_too_small_is_refused_before_any_work(
-    tmp_path: Path, run_cli: Any, arguments: Any
+    option: str,
+    holds: str,
+    tmp_path: Path,
+    run_cli: Any,
+    arguments: Any,
+    mount_tmpfs: Any,
+    skip_without_mounts: Any,
 ) -> None:
     volume = tmp_path / "volume"
 
     def first() -> None:
-        mount_tmpfs(volume, "size=512k")
+        mount_tmpfs(volume, "size=128k")
         workdir.reached = lambda point: os.kill(os.getpid(), signal.SIGKILL)  # work has begun
 
-    ended = run_cli(*arguments(tmp_path, "-o", volume / "out"), first=first)
+    more = ("--work-dir", tmp_path / "work", option, volume / "place")
+    ended = run_cli(*arguments(tmp_path, *more), first=first)
     skip_without_mounts(ended)
-    check_refused(ended, volume, "free")
+    check_refused(ended, f"{volume}: ", f" needed for {holds}, 131 kB free")
 
 
 @pytest.mark.parametrize("moment", ["rows:cleaned", "outer:cleaned", "train:cleaned"])
 def test_a_volume_that_fills_up_is_named_and_the_rerun_finishes(
-    moment: str, tmp_path: Path, in_child: Any, quick: Any, hashes: Any
+    moment: str,
+    tmp_path: Path,
+    in_child: Any,
+    quick: Any,
+    hashes: Any,
+    mount_tmpfs: Any,
+    skip_without_mounts: Any,
 ) -> None:
     """In one child, because its volume is gone with it."""
     volume, ballast = tmp_path / "volume", tmp_path / "volume" / "ballast"

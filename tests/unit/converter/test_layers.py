@@ -119,6 +119,7 @@ def open_streamed(
 ) -> StreamedModel:
     streamed = skeleton_of(folder, dtype)
     streamed.load_outer(streamed.checkpoint.read(streamed.outer_names()))
+    streamed.check_tied()
     streamed.prepare(seqlen)
     return streamed
 

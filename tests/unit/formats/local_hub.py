@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -67,7 +68,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that `on` is part of ("GET /path")."""
+    """What happens to the next `times` requests in which `on` is found ("GET /path range")."""
 
     kind: str
     times: int
@@ -111,6 +112,11 @@ class LocalHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.page = ""  # HTML that is answered to everything, as a proxy's login does
+        self.renamed: dict[str, str] = {}  # old name to new; requests are redirected
+        self.ranges = True  # else they are ignored, as some proxies do
+        self.periods: dict[str, int] = {}  # of `fail_every`
+        self.counts: Counter[str] = Counter()
+        self.stall_seconds, self.stopped = 60.0, threading.Event()
         self.lock = threading.Lock()
         self.servers = {name: _Server(self, name, self.handler) for name in ("hub", "cdn")}
         self.url, self.cdn = (server.url for server in self.servers.values())
@@ -125,6 +131,7 @@ class LocalHub:
 
     def stop(self) -> None:
         """Close both origins and all connections to them; new ones are refused from now on."""
+        self.stopped.set()
         while self.servers:
             _, server = self.servers.popitem()
             server.shutdown()
@@ -160,22 +167,43 @@ class LocalHub:
 
         Args:
             kind: an HTTP status ("503"), or for the body of a file: "fail" (closed half way),
-                "reset" (the same with a TCP reset), "truncate" (half, and a length to match) or
-                "corrupt" (one byte flipped).
+                "reset" (the same with a TCP reset), "stall" (half, then silence for
+                `stall_seconds`), "truncate" (half, and a length to match) or "corrupt" (one byte
+                flipped).
             times: how many requests.
-            on: part of "METHOD /path", to choose them.
+            on: pattern to find in "METHOD /path range", where a request without a range has the
+                word "whole".
             retry_after: seconds, sent along with a status.
         """
         self.faults.append(Fault(kind, times, on, retry_after))
+
+    def fail_every(self, periods: dict[str, int]) -> None:
+        """Make every so many-th request fail from now on: `{"fail": 2, "429": 4}`.
+
+        Bodies of files are counted for the faults of `fail_next`, all requests for a status.
+        """
+        with self.lock:
+            self.periods = periods
+            self.counts.clear()
+
+    def due_by_period(self, *, body: bool) -> Fault | None:
+        """The fault that `fail_every` has for this request; counts it for every kind."""
+        due = []
+        for kind, period in self.periods.items():
+            if kind.isalpha() == body:
+                self.counts[kind] += 1
+                due += [kind] * (self.counts[kind] % period == 0)
+        return Fault(due[0], 1, "", 0) if due else None
 
     def due(self, request: str, *, body: bool) -> Fault | None:
         """The fault, if any, that this request must suffer; counts it."""
         with self.lock:
             for fault in self.faults:
-                if fault.times and fault.on in request and fault.kind.isalpha() == body:
+                fits = fault.kind.isalpha() == body and re.search(fault.on, request)
+                if fault.times and fits:
                     fault.times -= 1
                     return fault
-        return None
+            return self.due_by_period(body=body)
 
     def got(self, part: str) -> list[Request]:
         """All requests so far that `part` is part of ("GET /path")."""
@@ -218,11 +246,12 @@ class Handler(BaseHTTPRequestHandler):
         self.entry = Request(
             self.command, url.path, self.server.name, bool(token), self.headers.get("Range")
         )
+        self.wanted = f"{self.command} {url.path} {self.entry.range or 'whole'}"
         with self.hub.lock:
             self.hub.requests.append(self.entry)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
-            fault = self.hub.due(f"{self.command} {url.path}", body=False)
+            fault = self.hub.due(self.wanted, body=False)
             if fault:
                 return self.refuse(Refusal(int(fault.kind), self.hub.says), fault.retry_after)
             if self.hub.page:
@@ -236,6 +265,9 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, path: str, token: str, body: bytes) -> None:
         if self.server.name == "cdn":
             return self.send_blob(self.on_cdn(path.rpartition("/")[2]), {})
+        for old, new in self.hub.renamed.items():
+            if f"/{old}/" in f"{path}/":
+                return self.reply(307, b"", {"Location": path.replace(old, new)})
         if token and token not in self.hub.tokens:
             raise Refusal(401, "Invalid credentials in Authorization header")
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w[\w-]+)/([^/]+))?", path):
@@ -300,20 +332,23 @@ class Handler(BaseHTTPRequestHandler):
     def send_blob(self, blob: Blob, headers: dict[str, str]) -> None:
         """Answer with a file or the range of it that was asked for, and with the fault due."""
         content, status = blob.content, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        wanted = self.headers.get("Range", "") if self.hub.ranges else ""
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", wanted):
             begin, end = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
             headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
             content, status = content[begin:end], 206
-        fault = self.command == "GET" and self.hub.due(f"GET {self.entry.path}", body=True)
+        fault = self.command == "GET" and self.hub.due(self.wanted, body=True)
         kind, half = fault.kind if fault else "", len(content) // 2
         if kind == "corrupt":
             content = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
         if kind == "truncate":
             content = content[:half]
-        cut = kind in ("fail", "reset")
+        cut = kind in ("fail", "reset", "stall")
         self.reply(status, content[:half] if cut else content, headers, len(content))
         if cut:
             self.close_connection = True
+        if kind == "stall":
+            self.hub.stopped.wait(self.hub.stall_seconds)
         if kind == "reset":  # without lingering, close() sends RST
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
