@@ -230,7 +230,7 @@ def bytes_of_shards(hub: Any, folder: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("rotate", "call"), [((), 8), (("--rotate",), 17)], ids=["plain", "rotated"]
 )
-def test_killed_again_and_again_no_shard_is_fetched_twice(
+def test_killed_again_and_again_only_the_shard_in_flight_is_fetched_twice(
     rotate: tuple[str, ...],
     call: int,
     deep_hub: Any,
@@ -242,13 +242,14 @@ def test_killed_again_and_again_no_shard_is_fetched_twice(
     hashes: Callable[[Path], dict[str, str]],
 ) -> None:
     with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
-        for _ in range(20):
+        for kills in range(20):
             if (ended := from_hub("--evict", *rotate, first=killed_at(call))).code == 0:
                 break
             assert ended.code == -signal.SIGKILL, ended.err
-    assert ended.code == 0 and watch.most <= 3
-    # Not in the steps whose shards were whole when the process died: parts of them are continued.
-    assert max(bytes_of_shards(deep_hub, deep_llama).values()) == 1
+    assert ended.code == 0 and kills > 1 and watch.most <= 3
+    # These shards fit into a socket's buffer, so one may have been sent whole, but not yet read.
+    sent = bytes_of_shards(deep_hub, deep_llama).values()
+    assert sum(sent) - len(sent) <= kills
     (tmp_path / "local").mkdir()
     local = arguments(tmp_path / "local", *QUICK, *rotate, model=deep_llama)
     assert run_cli(*local).code == 0
