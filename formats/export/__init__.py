@@ -1,0 +1,1 @@
+"""Exports: a native checkpoint in the formats of other runtimes."""
