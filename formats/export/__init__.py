@@ -1,1 +1,1 @@
-"""Exports: a native checkpoint in the formats of other runtimes."""
+"""Native checkpoints in other programs' formats: a module per kind writes and reads them back."""

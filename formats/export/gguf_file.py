@@ -183,24 +183,24 @@ def _packed(
 ) -> _Stored:
     """A quantized module in the smallest type that holds it."""
     shape, order = native.shape(module), _row_order(native.form, f"{module}.weight")
-    if spec.bits == 8:
-
-        def dense() -> Tensor:
-            return cast(module, native.base_weight(module, options.dtype)[order], options.dtype)
-
-        return _Stored(shape, _HALF[options.dtype], dense)
     as_q2_k = options.gguf_type == "q2_k" and module in native.form.linears and spec.bits == 2
     pack = pack_q2_k if as_q2_k else pack_q4_1
 
-    def make() -> Tensor:
-        parts = (f"{module}.{part}" for part in ("weight", *_PARAMETERS))
-        linear = quantized_linear_from({n: native.tensor(n) for n in parts}, module, spec)
+    def packed() -> Tensor:
+        names = (f"{module}.{part}" for part in ("weight", *_PARAMETERS))
+        linear = quantized_linear_from({n: native.tensor(n) for n in names}, module, spec)
         codes, scale, zero_point = linear.codes, linear.scale, linear.zero_point
         return pack(
             replace(linear, codes=codes[order], scale=scale[order], zero_point=zero_point[order])
         )
 
-    return _Stored(shape, Type.Q2_K if as_q2_k else Type.Q4_1, make)
+    def dense() -> Tensor:
+        base = replace(native, adapter=None)
+        return cast(module, base.dense_weight(module, options.dtype)[order], options.dtype)
+
+    if spec.bits == 8:
+        return _Stored(shape, _HALF[options.dtype], dense)
+    return _Stored(shape, Type.Q2_K if as_q2_k else Type.Q4_1, packed)
 
 
 def _factors(form: NativeForm, adapter: PeftFolder) -> Iterator[tuple[str, _Stored]]:

@@ -13,11 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_OUTER = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -47,17 +44,17 @@ class GgufReader:
     """Dense weights of a GGUF file, an adapter's part added in.
 
     Attributes:
-        shapes: every tensor by transformers' name; rotary factors are left out, and a head that
-            repeats a tied embedding is among them.
+        shapes: every tensor by transformers' name, without rotary factors and a tied head.
     """
 
     def __init__(self, model: Path, adapter: Path | None) -> None:
         self._reader = gguf.GGUFReader(model)
         self._arch = str(self._reader.fields["general.architecture"].contents())
-        names = {each.name: _name(self._arch, each.name) for each in self._reader.tensors}
-        self._tensors = {
-            name: each for each in self._reader.tensors if (name := names[each.name]) is not None
-        }
+        named = {_name(self._arch, each.name): each for each in self._reader.tensors}
+        self._tensors = {name: each for name, each in named.items() if name is not None}
+        head, embedding = self._tensors.get(_HEAD), self._tensors[_EMBEDDING]
+        if head is not None and np.array_equal(head.data, embedding.data):
+            del self._tensors[_HEAD]  # OLMo 2 has one even if it is tied
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(int(n) for n in reversed(each.shape))
             for name, each in self._tensors.items()
