@@ -66,7 +66,7 @@ def write_model(
     writer = _writer(form)
     parameters = sum(torch.Size(each.shape).numel() for each in tensors.values())
     file_type = gguf.LlamaFileType[f"MOSTLY_{options.gguf_type.upper()}"]
-    metadata.add_general(writer, native, parameters, int(file_type))
+    metadata.add_general(writer, native, vocabulary.tokens, parameters, int(file_type))
     metadata.add_architecture(writer, form)
     add_vocabulary(writer, vocabulary, native.folder)
     _write(writer, path, tensors, report)

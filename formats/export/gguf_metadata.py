@@ -5,7 +5,8 @@ take for granted (src/models/*.cpp).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import gguf
@@ -31,6 +32,8 @@ ARCHITECTURES = {
 GEMMA = ("gemma2", "gemma3_text")
 _WIDE_HEADS = ("phi3", "olmo2")  # llama.cpp gives all heads together the width of the model
 _BIASED = {"llama": ("attn", "mlp"), "mistral": (), "qwen2": ("attn",)}
+# In a model of this name llama.cpp looks for tokens, and does not load it if they are missing.
+_PHI3_NAME, _PHI3_TOKENS = re.compile("phi-?3", re.IGNORECASE), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 # Numbers of layers that llama.cpp takes for the 27 B model, whose attention is scaled otherwise.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 _ROPES = {
@@ -139,18 +142,24 @@ def _ropes(config: PretrainedConfig) -> dict[str, Mapping[str, Any]]:
 
 
 def add_general(
-    writer: gguf.GGUFWriter, native: NativeCheckpoint, parameters: int, file_type: int
+    writer: gguf.GGUFWriter,
+    native: NativeCheckpoint,
+    tokens: Collection[str],
+    parameters: int,
+    file_type: int,
 ) -> None:
     """Add `general.*`: what the model is, and where it comes from.
 
     Args:
+        tokens: of the vocabulary.
         parameters: of the dense model.
         file_type: `gguf.LlamaFileType`.
     """
     source = native.manifest.get("source", {})
     name = str(source.get("name") or native.folder.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name.rpartition("/")[2])
+    if not _PHI3_NAME.search(name) or _PHI3_TOKENS.issubset(tokens):
+        writer.add_name(name.rpartition("/")[2])
     writer.add_size_label(gguf.size_label(parameters, 0, 0, 0))
     if source.get("commit"):
         owner, _, base = name.rpartition("/")
