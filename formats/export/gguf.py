@@ -6,7 +6,6 @@ Embedding and head are 16-bit matrices too, or Q4_1 where they have 4 bits; norm
 float32, as llama.cpp's converter writes them. The package gguf is an extra, and is imported late.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from rilq.errors import OptionError
@@ -35,8 +34,10 @@ def check(form: NativeForm, options: ExportOptions) -> None:
     Raises:
         OptionError: one of them is missing.
     """
-    if find_spec("gguf") is None:
-        raise OptionError("--to gguf needs the package gguf\n  pip install 'rilq[gguf]'")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as err:
+        raise OptionError("--to gguf needs the package gguf\n  pip install 'rilq[gguf]'") from err
     from rilq.formats.export.gguf_metadata import check_architecture, row_width
 
     if options.gguf_type not in TYPES:
