@@ -1,7 +1,7 @@
 """`gguf`: a file that llama.cpp loads and chats with, and a LoRA beside it as a second one.
 
-Decoder linears of 2, 3 or 4 bits are Q4_1, which holds them but for the rounding of the minima; with
-`--gguf-type q2_k` those of 2 bits are Q2_K, re-encoded. Linears of 8 bits are 16-bit matrices.
+Decoder linears of 2, 3 or 4 bits are Q4_1, which holds them but for the rounding of the minima;
+with `--gguf-type q2_k` those of 2 bits are Q2_K, re-encoded. Linears of 8 bits are 16-bit matrices.
 Embedding and head are 16-bit matrices too, or Q4_1 where they have 4 bits; norms and biases are
 float32, as llama.cpp's converter writes them. The package gguf is an extra, and is imported late.
 """
@@ -53,9 +53,7 @@ def check(form: NativeForm, options: ExportOptions) -> None:
         )
 
 
-def write(
-    native: NativeCheckpoint, folder: Path, options: ExportOptions, report: Reporter
-) -> None:
+def write(native: NativeCheckpoint, folder: Path, options: ExportOptions, report: Reporter) -> None:
     """Write `model.gguf`, and `adapter.gguf` for an adapter that lies beside the base."""
     from rilq.formats.export.gguf_file import write_adapter, write_model
 

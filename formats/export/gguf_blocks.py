@@ -21,8 +21,8 @@ Q2_K_WEIGHTS, Q2_K_BYTES = 256, 84
 RUN = 16  # weights of a Q2_K block that share a scale and a minimum
 LEVELS = 15  # of a 4-bit scale or minimum, besides 0
 
-# Units that are tried for the scales and for the minima of a block: those that put its largest value
-# at this level. Twice as many lower the error by at most 0.5 %, half as many raise it by 1 %.
+# Units that are tried for the scales and for the minima of a block: those that put its largest
+# value at this level. Twice as many lower the error by at most 0.5 %, half as many raise it by 1 %.
 _TRIED = tuple(level / 2 for level in range(15, 32))  # 7.5 to 15.5
 _REFITS = 3  # rounds; they matter (a fifth less error) where zero-points lie outside the codes
 _CHUNK = 1 << 22  # weights that are fitted together: about 150 MB of temporaries
@@ -214,8 +214,7 @@ def _refit(fit: _Fit, weight: Tensor) -> _Fit:
     # Least squares in (d, dmin) with regressors scale * code and -minimum.
     first, second = scale[..., None] * fit.codes, -minimum[..., None].expand_as(weight)
     aa, ab, bb = (
-        (x * y).sum((1, 2))[:, None]
-        for x, y in ((first, first), (first, second), (second, second))
+        (x * y).sum((1, 2))[:, None] for x, y in ((first, first), (first, second), (second, second))
     )
     aw, bw = ((x * weight).sum((1, 2))[:, None] for x in (first, second))
     det = aa * bb - ab * ab

@@ -33,7 +33,10 @@ GEMMA = ("gemma2", "gemma3_text")
 _WIDE_HEADS = ("phi3", "olmo2")  # llama.cpp gives all heads together the width of the model
 _BIASED = {"llama": ("attn", "mlp"), "mistral": (), "qwen2": ("attn",)}
 # In a model of this name llama.cpp looks for tokens, and does not load it if they are missing.
-_PHI3_NAME, _PHI3_TOKENS = re.compile("phi-?3", re.IGNORECASE), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+_PHI3_NAME, _PHI3_TOKENS = (
+    re.compile("phi-?3", re.IGNORECASE),
+    {"<unk>", "<s>", "</s>", "<|endoftext|>"},
+)
 # Numbers of layers that llama.cpp takes for the 27 B model, whose attention is scaled otherwise.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 _ROPES = {
@@ -55,7 +58,8 @@ def configuration(form: NativeForm) -> PretrainedConfig:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
 
 
 def row_width(form: NativeForm, linear: str) -> int:
@@ -273,4 +277,5 @@ def _llama3_factors(rope: Mapping[str, Any], width: int) -> Tensor:
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 for high frequencies
-    return (1 / ((1 - kept) / rope["factor"] + kept)).float()
+    factors: Tensor = 1 / ((1 - kept) / rope["factor"] + kept)
+    return factors.float()

@@ -104,7 +104,7 @@ def read_vocabulary(folder: Path, rows: int, report: Reporter) -> Vocabulary:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, folder: Path) -> None:
-    """Add a vocabulary, with merges, special tokens and chat template from the files in `folder`."""
+    """Add a vocabulary; merges, special tokens and chat template come from `folder`."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)

@@ -1,4 +1,4 @@
-"""Vocabularies: what a GGUF file says of a tokenizer, and whether a reader of GGUF finds it again."""
+"""What a GGUF file says of a tokenizer."""
 
 import json
 from collections.abc import Callable
@@ -56,9 +56,7 @@ def byte_level(text: str) -> Callable[[Any], dict[str, Any]]:
 def sentencepiece(tmp_path: Path, text: str) -> Path:
     """A folder with a tokenizer of SentencePiece's kind, as Llama 2 has it."""
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    raw.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -138,12 +136,16 @@ def test_sentencepiece_tokens_have_the_types_that_llama_cpp_expects(sentencepiec
     found = read_vocabulary(sentencepiece, 512, SilentReporter())
     types = dict(zip(found.tokens, found.types, strict=True))
     assert (found.model, found.pre, found.add_space_prefix) == ("llama", "default", True)
-    assert [types[t] for t in ("<unk>", "<s>", "</s>")] == [KIND.UNKNOWN, KIND.CONTROL, KIND.CONTROL]
+    assert [types[t] for t in ("<unk>", "<s>", "</s>")] == [
+        KIND.UNKNOWN,
+        KIND.CONTROL,
+        KIND.CONTROL,
+    ]
     assert types["<0x0A>"] == KIND.BYTE and types[found.tokens[-1]] == KIND.NORMAL
 
 
 def merge_by_score(text: str, tokens: tuple[str, ...], scores: tuple[float, ...]) -> list[int]:
-    """SentencePiece's rule as llama.cpp applies it: the best-scored pair first, left before right."""
+    """SentencePiece's rule, as llama.cpp has it: the best-scored pair first, the left of equals."""
     ids = {token: i for i, token in enumerate(tokens)}
     pieces = list("▁" + text.replace(" ", "▁"))
     while True:
