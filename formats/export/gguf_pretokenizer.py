@@ -32,8 +32,8 @@ _GPT4O = "|".join(
     [*(cased + _CONTRACTIONS + "?" for cased in _CASED), r"\p{N}{1,3}", _SYMBOLS_SLASH, _REST]
 )
 
-# Every kind of piece that those patterns tell apart, in and out of words.
-_TEXT = (
+# Has every kind of piece that those patterns tell apart, in and out of words.
+DIFFICULT = (
     "The cat's here; THEY'RE not, we'LL see, it'd be I'Ve been.\n\n\nfor (int i=0; i<1024; ++i) {\n"
     "\treturn a[i] /* 3.14159 */ ;\n    }\r\n  2024-05-01 12345678 1 22 333 4444 ,,, ... !?!? \n \n"
     "camelCase HTTPServer XMLHttpRequest's url://x/y/z\n\n/path  ÜBER naïve Ѓорѓи Αθήνα "
@@ -55,7 +55,8 @@ class PreTokenizer:
     agreement: float
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def split(pattern: str) -> dict[str, Any]:
+    """The pre-tokenizer of a byte-level BPE that cuts by a pattern."""
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [cut, _byte_level(use_regex=False)]}
 
@@ -65,19 +66,21 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
     return {**plain, "use_regex": use_regex}
 
 
-def _known() -> dict[str, tuple[dict[str, Any], bool]]:
-    """llama.cpp's name to the same pre-tokenizer here, and whether whole words skip merging."""
-    digits = {"type": "Digits", "individual_digits": True}
-    single = {"type": "Sequence", "pretokenizers": [digits, _byte_level(use_regex=True)]}
-    return {
-        "gpt-2": (_byte_level(use_regex=True), False),
-        "llama-bpe": (_split(_LLAMA3), True),
-        "dbrx": (_split(_LLAMA3), False),
-        "qwen2": (_split(_QWEN2), False),
-        "tekken": (_split(_TEKKEN), True),
-        "gpt-4o": (_split(_GPT4O), False),
-        "smollm": (single, False),
-    }
+_DIGITS = {"type": "Digits", "individual_digits": True}
+
+# llama.cpp's name to the same pre-tokenizer here, and whether words that are tokens skip merging.
+KNOWN: Mapping[str, tuple[dict[str, Any], bool]] = {
+    "gpt-2": (_byte_level(use_regex=True), False),
+    "llama-bpe": (split(_LLAMA3), True),
+    "dbrx": (split(_LLAMA3), False),
+    "qwen2": (split(_QWEN2), False),
+    "tekken": (split(_TEKKEN), True),
+    "gpt-4o": (split(_GPT4O), False),
+    "smollm": (
+        {"type": "Sequence", "pretokenizers": [_DIGITS, _byte_level(use_regex=True)]},
+        False,
+    ),
+}
 
 
 def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> PreTokenizer:
@@ -90,19 +93,19 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> PreTokenizer:
     plain = {**tokenizer, "post_processor": None, "truncation": None, "padding": None}
     wanted = _token_ends(plain)
     scores = {}
-    for name, (pre_tokenizer, ignore_merges) in _known().items():
+    for name, (pre_tokenizer, ignore_merges) in KNOWN.items():
         model = {**tokenizer["model"], "ignore_merges": ignore_merges}
         found = _token_ends({**plain, "pre_tokenizer": pre_tokenizer, "model": model})
         same = _pattern_of(pre_tokenizer) == _pattern_of(tokenizer["pre_tokenizer"])
         same_merges = ignore_merges == bool(tokenizer["model"].get("ignore_merges"))
-        scores[name] = (len(wanted & found) / len(wanted | found), same, same_merges)
+        scores[name] = (len(wanted & found) / len(wanted), same, same_merges)
     best = max(scores, key=lambda name: scores[name])
     return PreTokenizer(best, scores[best][0])
 
 
 def _token_ends(tokenizer: Mapping[str, Any]) -> set[tuple[int, int, int]]:
     """Tokens of the text with their places."""
-    encoded = Tokenizer.from_str(json.dumps(tokenizer)).encode(_TEXT, add_special_tokens=False)
+    encoded = Tokenizer.from_str(json.dumps(tokenizer)).encode(DIFFICULT, add_special_tokens=False)
     ends, place = set(), 0
     for token, text in zip(encoded.ids, encoded.tokens, strict=True):
         ends.add((place, place + len(text), token))  # byte-level: a character is a byte

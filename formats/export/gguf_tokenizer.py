@@ -9,6 +9,7 @@ Types and special tokens follow llama.cpp's converter (conversion/base.py).
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, folder: Path
     writer.add_token_types(vocabulary.types)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
+    # It warns of templates for pairs of texts, which nobody asks a language model for.
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     special = gguf.SpecialVocab(
         folder, load_merges=vocabulary.model == "gpt2", n_vocab=len(vocabulary.tokens)
     )

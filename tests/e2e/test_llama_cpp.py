@@ -11,18 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from accuracy_run import python_of, run
 from peft import PeftModel
+from tokenizer_examples import byte_level, sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rilq  # noqa: F401  (teaches transformers the native format)
+from rilq.formats.export.gguf_pretokenizer import DIFFICULT, KNOWN
+from rilq.formats.export.gguf_tokenizer import add_vocabulary, read_vocabulary
+from rilq.progress import SilentReporter
 
 pytestmark = pytest.mark.slow_runtime
 
-SCRIPT = Path(__file__).resolve().parents[1] / "runtimes" / "llama_cpp_logits.py"
+SCRIPTS = Path(__file__).resolve().parents[1] / "runtimes"
 TEXT = "the small cat ran home, it's 1234 trees.\n\n  Under the BIRDS'll  sing!"
 
 LLAMA3 = {
@@ -99,9 +104,39 @@ def in_llama_cpp(
     python: Path, out: Path, scratch: Path, *more: object
 ) -> tuple[np.ndarray, dict[str, Any]]:
     np.save(scratch / "rows.npy", rows().numpy())
-    command = [python, SCRIPT, out / "model.gguf", scratch / "rows.npy", scratch / "logits.npy"]
+    script = SCRIPTS / "llama_cpp_logits.py"
+    command = [python, script, out / "model.gguf", scratch / "rows.npy", scratch / "logits.npy"]
     said = json.loads(run([*command, TEXT, *more], threads=1).output)
     return np.load(scratch / "logits.npy"), said
+
+
+@pytest.mark.parametrize("name", [*KNOWN, "sentencepiece"])
+def test_llama_cpp_cuts_a_difficult_text_as_each_tokenizer_that_we_name(
+    name: str, text: str, python: Path, tmp_path: Path
+) -> None:
+    tokenizer = sentencepiece(text) if name not in KNOWN else byte_level(text, *KNOWN[name])
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, len(tokenizer), SilentReporter())
+    assert vocabulary.pre == (name if name in KNOWN else "default")
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    add_vocabulary(writer, vocabulary, tmp_path)
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    texts = [DIFFICULT, TEXT, text[:500], "   ", "", " a"]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    script = SCRIPTS / "llama_cpp_tokens.py"
+    files = (tmp_path / "vocabulary.gguf", tmp_path / "texts.json")
+    found = json.loads(run([python, script, *files], threads=1).output)
+    assert found == [tokenizer(each).input_ids for each in texts]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -155,7 +190,7 @@ def test_llama_cpp_computes_q2_k(
         f"q2_k: {np.abs(found - dense).max():.2g} from its own weights, "
         f"{np.abs(dense - native_).max():.2g} of these from the native's; {native_.std():.2g}"
     )
-    assert np.abs(found - dense).max() < 0.15 * dense.std()
+    assert np.abs(found - dense).max() < 0.25 * dense.std()
 
 
 # PEFT 0.21 asks transformers 5.23 for an attribute by its old name.
@@ -163,8 +198,8 @@ def test_llama_cpp_computes_q2_k(
 def test_llama_cpp_adds_the_lora(
     native: Callable[..., Path], export: Callable[..., Any], python: Path, tmp_path: Path
 ) -> None:
-    options = ("--rank", 4, "--adapter", "lora", "--steps", 24, "--lr", "3e-3", "--val-every", 4)
-    folder = native("llama", {}, "--bits", 8, *options)
+    options = ("--rank", 8, "--adapter", "lora", "--steps", 80, "--lr", "1e-2", "--val-every", 8)
+    folder = native("llama", {}, *options)
     assert export(folder, tmp_path / "out", "gguf").code == 0
     base = logits(load(folder))
     expected = logits(PeftModel.from_pretrained(load(folder), folder / "adapter"))
@@ -173,5 +208,5 @@ def test_llama_cpp_adds_the_lora(
         f"base + LoRA: {np.abs(found - expected).max():.2g}, the LoRA itself "
         f"{np.abs(base - expected).max():.2g}, of a spread of {expected.std():.2g}"
     )
-    assert np.abs(found - expected).max() < 0.02 * expected.std()
-    assert np.abs(base - expected).max() > 0.02 * expected.std(), "the LoRA is tiny"
+    assert np.abs(found - expected).max() < 0.15 * expected.std()
+    assert np.abs(base - expected).max() > 0.5 * expected.std(), "the LoRA is tiny"
