@@ -18,9 +18,9 @@ from rilq.progress import Reporter
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 TYPES = ("q4_1", "q2_k")
 
-# Of the logits' standard deviation. The grids of Q2_K are coarser than ours; docs/runtimes.md says
-# what was measured.
-_REENCODED = 1.0
+# Of the logits' standard deviation. The grids of Q2_K are coarser than ours: 0.66, 0.51 and 0.25
+# were measured on random models of 2 layers in groups of 32, 64 and 128.
+_REENCODED = 1.5
 
 
 def bound(options: ExportOptions) -> float:
