@@ -16,6 +16,7 @@ import rilq
 from rilq.calib.dataset import evaluation_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
+from rilq.converter.architecture import load_config
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import large_blocks_returned, measure_machine
 from rilq.converter.pipeline import Job
@@ -92,6 +93,7 @@ def export(
             of it is left.
     """
     native = NativeCheckpoint.open(folder, report)
+    load_config(native.checkpoint)  # refuses what could not be run for the comparison
     for name in outputs:
         kind_of(name).check(native.form, options)
     done = {
