@@ -25,7 +25,7 @@ LEVELS = 15  # of a 4-bit scale or minimum, besides 0
 # value at this level. Twice as many lower the error by at most 0.5 %, half as many raise it by 1 %.
 _TRIED = tuple(level / 2 for level in range(15, 32))  # 7.5 to 15.5
 _REFITS = 3  # rounds; they matter (a fifth less error) where zero-points lie outside the codes
-_CHUNK = 1 << 22  # weights that are fitted together: about 150 MB of temporaries
+_CHUNK = 1 << 20  # weights that are fitted together: 80 MB of temporaries
 
 
 def pack_q4_1(linear: QuantizedLinear) -> Tensor:

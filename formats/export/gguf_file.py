@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,13 +103,13 @@ def _write(
         writer.add_tensor_info(name, each.shape, np.dtype(np.float32), each.nbytes, each.type)
     report.stage(f"write {path.name}", len(tensors), "tensor")
     try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for count, each in enumerate(tensors.values(), start=1):
-            writer.write_tensor_data(each.make().contiguous().view(torch.uint8).numpy())
-            report.step(count)
-        writer.flush()
+        with closing(writer):  # whose own flush may fail too
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for count, each in enumerate(tensors.values(), start=1):
+                writer.write_tensor_data(each.make().contiguous().view(torch.uint8).numpy())
+                report.step(count)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except OSError as err:
@@ -116,8 +117,6 @@ def _write(
             f"{path}: cannot be written: {err.strerror or err}\n"
             "  make room or choose another volume, then run the same command again"
         ) from err
-    finally:
-        writer.close()
 
 
 def _names(form: NativeForm) -> Callable[[str], str]:

@@ -126,9 +126,11 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        kind = raw["model"].get("type")
+        kind, vocab, merges = (raw["model"].get(key) for key in ("type", "vocab", "merges"))
         if kind != "BPE":
             raise _unknown(folder, f"its kind is {kind}")
+        if not (isinstance(vocab, dict) and vocab and isinstance(merges, list)):
+            raise ValueError("its model has no vocabulary, or no merges")
         raw.setdefault("added_tokens", [])
         return dict(raw)
     except FileNotFoundError as err:

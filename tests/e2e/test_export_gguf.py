@@ -1,6 +1,7 @@
 """`rilq export --to gguf`: what transformers and gguf read in the file, and what is refused."""
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rilq  # noqa: F401  (teaches transformers the native format)
+from rilq.formats.export import gguf as export_gguf
+from rilq.formats.export.kind import ExportOptions
+from rilq.formats.export.source import NativeCheckpoint
+from rilq.progress import SilentReporter
 
 Run = Callable[..., Any]
 
@@ -179,6 +184,21 @@ def test_a_lora_beside_the_base_becomes_a_second_file(
         if linear == "q":  # 4 heads of 16: row 2 i + h of a head is row 8 h + i of transformers'
             stored = stored.reshape(4, 8, 2, 4).swapaxes(1, 2).reshape(64, 4)
         assert np.array_equal(stored, b)
+
+
+@pytest.mark.parametrize("room", [4096, 60_000])  # ends in the metadata, and in the tensors
+def test_a_full_volume_is_told_in_words(
+    room: int, native: Run, in_child: Run, tmp_path: Path
+) -> None:
+    checkpoint = NativeCheckpoint.open(native("qwen2", {}, "--embed-bits", 4), SilentReporter())
+
+    def write() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        export_gguf.write(checkpoint, tmp_path, ExportOptions(), SilentReporter())
+
+    ended = in_child(write)
+    assert ended.code == 2, ended.err
+    assert f"{tmp_path}/model.gguf: cannot be written" in ended.err and "make room" in ended.err
 
 
 def test_without_the_package_one_line_says_what_to_install(

@@ -159,6 +159,8 @@ def test_bos_is_added_where_the_tokenizer_adds_it(
     [
         (None, "missing, and GGUF holds the tokenizer"),
         ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"model": {"type": "BPE", "vocab": {}}}', "cannot be read.*no vocabulary"),
         ('{"model": {"type": "Unigram", "vocab": []}}', "its kind is Unigram"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "neither byte-level BPE"),
         ('{"model": {"type": "BPE", "vocab": {"a": 400}, "merges": []}}', "a token 400"),
