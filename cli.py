@@ -697,7 +697,7 @@ def _change_folder(file: Path) -> None:
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
-    to: Annotated[list[str], typer.Option(help="dense, mlx, metal or vllm; repeatable.")],
+    to: Annotated[list[str], typer.Option(help="dense, gguf, mlx, metal or vllm; repeatable.")],
     output_dir: Annotated[
         Path,
         typer.Option(
@@ -705,6 +705,9 @@ def export(
         ),
     ],
     dtype: Annotated[str, typer.Option(help="fp16 or bf16, of all that is not packed.")] = "fp16",
+    gguf_type: Annotated[
+        str, typer.Option(help="q4_1 (exact, 5 bits) or q2_k (re-encoded, 2.6 bits).")
+    ] = "q4_1",
     text: Annotated[
         str | None,
         typer.Option(help="To compare logits on: a file, wikitext2, c4, or owner/name on the Hub."),
@@ -730,7 +733,7 @@ def export(
         exported = write_exports(
             folder,
             {kind: output_dir / kind if several else output_dir for kind in kinds},
-            ExportOptions(export_dtype(dtype), parse_size(max_shard_size)),
+            ExportOptions(export_dtype(dtype), parse_size(max_shard_size), gguf_type),
             text=text,
             device=device,
             report=report,

@@ -105,6 +105,7 @@ def llama_quantize_of(home: Path, python: Path, package: str) -> Path:
             opened.extractall(folder, filter="data")
         (sources,) = folder.glob("*/vendor/llama.cpp")
         off = ["LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER"]
+        off.append("GGML_NATIVE")  # what it finds out about the processor is not always true
         options = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *(f"-D{name}=OFF" for name in off)]
         ninja = f"-DCMAKE_MAKE_PROGRAM={home / 'bin/ninja'}"
         cmake = home / "bin/cmake"

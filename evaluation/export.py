@@ -231,6 +231,7 @@ def _identity(kind: str, native: NativeCheckpoint, options: ExportOptions) -> di
         "kind": kind,
         "dtype": str(options.dtype).removeprefix("torch."),
         "max_shard_size": options.max_shard_size,
+        **({"gguf_type": options.gguf_type} if kind == "gguf" else {}),
         "native": native.content_hash,
     }
 

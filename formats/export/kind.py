@@ -31,10 +31,12 @@ class ExportOptions:
     Attributes:
         dtype: of everything that is not packed, float16 or bfloat16.
         max_shard_size: bytes of tensors in a shard.
+        gguf_type: of the decoder's 2-bit linears in a GGUF file, "q4_1" or "q2_k".
     """
 
     dtype: torch.dtype = torch.float16
     max_shard_size: int = 5 * 10**9
+    gguf_type: str = "q4_1"
 
 
 def export_dtype(name: str) -> torch.dtype:

@@ -3,10 +3,16 @@
 from collections.abc import Mapping
 
 from rilq.errors import OptionError
-from rilq.formats.export import dense, metal, mlx, vllm
+from rilq.formats.export import dense, gguf, metal, mlx, vllm
 from rilq.formats.export.kind import ExportKind
 
-KINDS: Mapping[str, ExportKind] = {"dense": dense, "mlx": mlx, "metal": metal, "vllm": vllm}
+KINDS: Mapping[str, ExportKind] = {
+    "dense": dense,
+    "gguf": gguf,
+    "mlx": mlx,
+    "metal": metal,
+    "vllm": vllm,
+}
 
 
 def kind_of(name: str) -> ExportKind:
