@@ -333,6 +333,10 @@ def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
 @_takes_convert_options
 def convert(
     options: "ConvertOptions",
+    export: Annotated[
+        list[str] | None,
+        _option(_OUT, "Also write <output>-<kind>, as `rilq export --to` does; repeatable."),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -346,15 +350,28 @@ def convert(
 
         job = pipeline.prepare(options, report)
         _show_plan(job.plan, report)
+        outputs = {kind: _beside(options.output, kind) for kind in export or ()}
+        if outputs:
+            from rilq.evaluation.export import check_planned
+            from rilq.evaluation.export import export as write_exports
+            from rilq.formats.export.kind import ExportOptions
+
+            check_planned(job, outputs, ExportOptions())
         result = pipeline.convert(job, report)
         report.note(
             f"{result.output}: already converted by this command"
             if result.already_done
             else f"{result.output}: done"
         )
+        exported = []
+        if outputs:
+            exported = write_exports(
+                result.output, outputs, ExportOptions(), device=options.device, report=report
+            )
     if as_json:
         print(json.dumps({
             "output": str(result.output),
+            "exports": [each.as_dict() for each in exported],
             "already_done": result.already_done,
             "quality": result.quality,
             "bytes_read": result.bytes_read,
@@ -518,11 +535,68 @@ def analyze(
         Console(highlight=False).print(_analysis_table(found))
 
 
+def _beside(output: Path, kind: str) -> Path:
+    """Where an export of the conversion to `output` goes."""
+    return output.with_name(f"{output.name}-{kind}")
+
+
 def _ranks(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() for word in words):
         raise OptionError(f"--ranks {text}: expected whole numbers, for example 4,8,16,32")
     return tuple(map(int, words))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
+    to: Annotated[list[str], typer.Option(help="dense, mlx, metal or vllm; repeatable.")],
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "-o", help="To write; with several kinds, a folder in it for each."
+        ),
+    ],
+    dtype: Annotated[str, typer.Option(help="fp16 or bf16, of all that is not packed.")] = "fp16",
+    text: Annotated[
+        str | None,
+        typer.Option(help="To compare logits on: a file, wikitext2, c4, or owner/name on the Hub."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Such as 5GB or 500MiB.")] = "5GB",
+    device: Annotated[str, typer.Option(help="That compares: auto, cpu, cuda, ...")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+) -> None:
+    """Write a converted checkpoint for another runtime, read back and compared; docs/exports.md."""
+    with (
+        _user_errors(),
+        _stoppable("nothing unfinished was kept"),
+        _reporting(quiet, log_file, output_dir) as report,
+    ):
+        from rilq.evaluation.export import export as write_exports
+        from rilq.formats.export.kind import ExportOptions, export_dtype
+        from rilq.formats.writer import parse_size
+
+        kinds = list(dict.fromkeys(to))
+        several = len(kinds) > 1
+        exported = write_exports(
+            folder,
+            {kind: output_dir / kind if several else output_dir for kind in kinds},
+            ExportOptions(export_dtype(dtype), parse_size(max_shard_size)),
+            text=text,
+            device=device,
+            report=report,
+        )
+    if as_json:
+        print(json.dumps({"exports": [each.as_dict() for each in exported]}))
+    else:
+        for each in exported:
+            state = "already there; " if each.already_done else ""
+            print(
+                f"{each.output}: {each.kind}, {state}logits differ by at most "
+                f"{each.difference.largest:.3g} (bound {each.bound:.3g})"
+            )
 
 
 @app.command()

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rilq.converter.machine import large_blocks_returned
 from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line, printable
 from rilq.formats.checkpoint import Checkpoint
-from rilq.formats.native import RilqConfig, replace_modules
+from rilq.formats.native import RilqConfig, native_config, replace_modules
 
 # model_type of every architecture whose streamed states were tested against transformers in memory.
 SUPPORTED = {
@@ -106,28 +106,6 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             f"{sizes['num_hidden_layers']}, but the checkpoint has only "
             f"{len(checkpoint.tensors)} tensors\n  correct num_hidden_layers"
         )
-
-
-def native_config(checkpoint: Checkpoint) -> RilqConfig | None:
-    """The checkpoint's quantization, if it is in rilq's native format; None for a dense one.
-
-    Raises:
-        CheckpointError: quantized by another method, or in a way that cannot be read.
-    """
-    raw = checkpoint.config.get("quantization_config")
-    if raw is None:
-        return None
-    method = raw.get("quant_method") if isinstance(raw, dict) else None
-    if method != "rilq":
-        raise CheckpointError(
-            f"{checkpoint.source.label}/config.json: quantization_config: the checkpoint is "
-            f"already quantized ({method or 'unknown method'})\n"
-            "  give the original 16-bit checkpoint"
-        )
-    try:
-        return RilqConfig(**{k: v for k, v in raw.items() if k != "quant_method"})
-    except (ValueError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{checkpoint.source.label}/config.json: {err}") from err
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

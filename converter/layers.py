@@ -19,11 +19,11 @@ from rilq.converter.architecture import (
     build_skeleton,
     decoder_layers,
     load_config,
-    native_config,
     tied_head_differs,
 )
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.native import native_config
 from rilq.formats.shard import listing
 
 # Old exports stored these buffers; transformers computes them from the config.

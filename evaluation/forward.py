@@ -71,11 +71,11 @@ def measure(
         report.stage(stage, len(subject.streamed.layers), "layer")
         place = folder / f"model-{len(stores)}"
         place.mkdir()
-        stores.append(_last_states(subject, tokens, place, report))
+        stores.append(last_states(subject, tokens, place, report))
     report.stage("score", len(tokens), "window")
     totals, scored = [0.0] * len(subjects), 0
     divergence = DivergenceSum() if len(subjects) > 1 else None
-    for rows, logits, targets in _predictions(subjects, stores, tokens):
+    for rows, logits, targets in predictions(subjects, stores, tokens):
         for number, each in enumerate(logits):
             losses = F.cross_entropy(each.flatten(0, 1), targets.flatten(), reduction="none")
             totals[number] += losses.sum(dtype=torch.float64).item()
@@ -96,7 +96,7 @@ def _checked(loss: float, subject: Subject) -> float:
     return loss
 
 
-def _last_states(
+def last_states(
     subject: Subject, tokens: Tensor, folder: Path, report: Reporter
 ) -> ActivationStore:
     """The last decoder layer's output on disk; embedding and head stay on the device."""
@@ -139,7 +139,7 @@ def _write(store: ActivationStore, batches: Iterable[Tensor], label: str) -> Non
             writer.append(batch)
 
 
-def _predictions(
+def predictions(
     subjects: Sequence[Subject], stores: Sequence[ActivationStore], tokens: Tensor
 ) -> Iterator[tuple[int, list[Tensor], Tensor]]:
     """All predictions, a bounded number at a time.

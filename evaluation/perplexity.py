@@ -127,7 +127,7 @@ def evaluate(
     check_vocabulary(rows.tokens, subject.streamed.config.vocab_size, subject.label)
     for note in rows.notes:
         report.note(note)
-    with _scratch(scratch, subjects, rows.tokens) as folder:
+    with scratch_folder(scratch, subjects, rows.tokens) as folder:
         losses, divergence = measure(subjects, rows.tokens, folder, report)
     return Evaluation(
         perplexity=math.exp(losses[0]),
@@ -170,7 +170,7 @@ def _check_together(subjects: list[Subject], seqlen: int | None) -> int:
             + ", ".join(f"{subject.label} has {size} tokens" for subject, size in pairs)
             + "\n  compare a checkpoint with the one that it was made from"
         )
-    most, label = min((_positions(subject), subject.label) for subject in subjects)
+    most, label = min((positions(subject), subject.label) for subject in subjects)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, most)
     if seqlen > most:
@@ -181,13 +181,23 @@ def _check_together(subjects: list[Subject], seqlen: int | None) -> int:
     return seqlen
 
 
-def _positions(subject: Subject) -> int:
+def positions(subject: Subject) -> int:
+    """Tokens that the model is made for."""
     return getattr(subject.streamed.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
 
 
 @contextmanager
-def _scratch(parent: Path | None, subjects: list[Subject], tokens: Tensor) -> Iterator[Path]:
-    """A temporary folder with room for the hidden states; removed with all that is in it."""
+def scratch_folder(parent: Path | None, subjects: list[Subject], tokens: Tensor) -> Iterator[Path]:
+    """A temporary folder with room for the hidden states; removed with all that is in it.
+
+    Args:
+        parent: folder to make it in; None for the system's temporary one.
+        subjects: what will run, one after the other.
+        tokens: what each will run over.
+
+    Raises:
+        OutputError: it cannot be made, or the volume has not the room.
+    """
     try:
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)

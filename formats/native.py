@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rilq.errors import CheckpointError
+from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.packed_embedding import (
     RilqEmbedding,
     TiedRilqLinear,
@@ -39,6 +40,7 @@ __all__ = [
     "RilqEmbedding",
     "RilqHfQuantizer",
     "RilqLinear",
+    "native_config",
     "native_layout",
     "native_tensors",
     "packed_linear",
@@ -149,6 +151,28 @@ def _names(pattern: str, module_name: str) -> bool:
         or module_name.startswith(f"{pattern}.")
         or fnmatchcase(module_name, pattern)
     )
+
+
+def native_config(checkpoint: Checkpoint) -> RilqConfig | None:
+    """The checkpoint's quantization, if it is in rilq's native format; None for a dense one.
+
+    Raises:
+        CheckpointError: quantized by another method, or in a way that cannot be read.
+    """
+    raw = checkpoint.config.get("quantization_config")
+    if raw is None:
+        return None
+    method = raw.get("quant_method") if isinstance(raw, dict) else None
+    if method != "rilq":
+        raise CheckpointError(
+            f"{checkpoint.source.label}/config.json: quantization_config: the checkpoint is "
+            f"already quantized ({method or 'unknown method'})\n"
+            "  give the original 16-bit checkpoint"
+        )
+    try:
+        return RilqConfig(**{k: v for k, v in raw.items() if k != "quant_method"})
+    except (ValueError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{checkpoint.source.label}/config.json: {err}") from err
 
 
 def native_layout(

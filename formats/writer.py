@@ -94,7 +94,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 def write_config(
     folder: Path,
     source_config: Mapping[str, Any],
-    quantization: RilqConfig | None,
+    quantization: RilqConfig | Mapping[str, Any] | None,
     dtype: torch.dtype,
 ) -> None:
     """Durably write `config.json`: the source's, with our dtype and quantization.
@@ -104,7 +104,8 @@ def write_config(
     Args:
         folder: where it goes.
         source_config: the source's `config.json`, parsed; its order of keys is kept.
-        quantization: of the tensors in `folder`; None for a dense checkpoint.
+        quantization: of the tensors in `folder`, ours or another program's; None for a dense
+            checkpoint.
         dtype: of the 16-bit (or wider) tensors.
     """
     config = copy.deepcopy(dict(source_config))
@@ -114,7 +115,8 @@ def write_config(
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     if quantization is not None:
-        config["quantization_config"] = dict(sorted(quantization.to_dict().items()))
+        entries = quantization.to_dict() if isinstance(quantization, RilqConfig) else quantization
+        config["quantization_config"] = dict(sorted(entries.items()))
     _write_json(folder / "config.json", config)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from rilq.converter.architecture import native_config, refuse_quantized
+from rilq.converter.architecture import refuse_quantized
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.errors import CheckpointError, InputError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
-from rilq.formats.native import RilqConfig, native_tensors
+from rilq.formats.native import RilqConfig, native_config, native_tensors
 from rilq.formats.source import LocalFolder
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 

@@ -1,0 +1,1 @@
+"""Native checkpoints in other programs' formats: a module per kind writes and reads them back."""

@@ -1,0 +1,20 @@
+"""All kinds of export by name."""
+
+from collections.abc import Mapping
+
+from rilq.errors import OptionError
+from rilq.formats.export import dense, metal, mlx, vllm
+from rilq.formats.export.kind import ExportKind
+
+KINDS: Mapping[str, ExportKind] = {"dense": dense, "mlx": mlx, "metal": metal, "vllm": vllm}
+
+
+def kind_of(name: str) -> ExportKind:
+    """The kind with this name.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name not in KINDS:
+        raise OptionError(f"export to {name!r}: expected one of {', '.join(KINDS)}")
+    return KINDS[name]
