@@ -550,7 +550,10 @@ def _ranks(text: str) -> tuple[int, ...]:
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
-    to: Annotated[list[str], typer.Option(help="dense, mlx, metal or vllm; repeatable.")],
+    to: Annotated[
+        list[str],
+        typer.Option(help="dense, gptq, mlx, metal, vllm or compressed-tensors; repeatable."),
+    ],
     output_dir: Annotated[
         Path,
         typer.Option(

@@ -22,6 +22,11 @@ ZERO_POINTS_NAME = "zero_points.safetensors"
 _STORED, _INTEGER = ".zero_point", ".integer_zero_point"
 
 
+def zero_point_name(linear: str) -> str:
+    """What the zero-points of a linear are called."""
+    return linear + _INTEGER
+
+
 def write_zero_points(
     checkpoint: Path,
     linears: Iterable[str],
@@ -51,7 +56,7 @@ def write_zero_points(
 
     write_shard(
         folder / ZERO_POINTS_NAME,
-        {n + _INTEGER: TensorLayout(torch.uint8, layout[n + _STORED].shape) for n in linears},
+        {zero_point_name(n): TensorLayout(torch.uint8, layout[n + _STORED].shape) for n in linears},
         integers,
     )
     return folder

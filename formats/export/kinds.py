@@ -3,10 +3,17 @@
 from collections.abc import Mapping
 
 from rilq.errors import OptionError
-from rilq.formats.export import dense, metal, mlx, vllm
+from rilq.formats.export import compressed_tensors, dense, gptq, metal, mlx, vllm
 from rilq.formats.export.kind import ExportKind
 
-KINDS: Mapping[str, ExportKind] = {"dense": dense, "mlx": mlx, "metal": metal, "vllm": vllm}
+KINDS: Mapping[str, ExportKind] = {
+    "dense": dense,
+    "gptq": gptq,
+    "mlx": mlx,
+    "metal": metal,
+    "vllm": vllm,
+    "compressed-tensors": compressed_tensors,
+}
 
 
 def kind_of(name: str) -> ExportKind:
