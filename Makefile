@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check build clean
+.PHONY: demo test test-slow test-runtimes check build clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slow_runtime"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Each runtime gets an environment of its own in ~/.cache/rilq-benchmarks, or $$RILQ_ENVS.
+test-runtimes: $(READY)
+	$(BIN)/python -m pytest -m slow_runtime
 
 # mypy does not see through an editable install, so it is given a plain copy of the package.
 check: $(READY)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rilq.errors import OptionError
@@ -86,8 +87,9 @@ def mlx_config(form: NativeForm) -> dict[str, Any]:
     Raises:
         OptionError: Gemma 3 whose full attention is not in every n-th layer.
     """
-    full: dict[str, Any] = CONFIG_MAPPING[form.model_type].from_dict(dict(form.config)).to_dict()
-    full = {**full, **form.config}
+    spelled_out = CONFIG_MAPPING[form.model_type].from_dict(dict(form.config)).to_dict()
+    of_any_model = PretrainedConfig().to_dict()
+    full = {**form.config, **{k: v for k, v in spelled_out.items() if k not in of_any_model}}
     rope = full.get("rope_parameters") or {}
     if "full_attention" in rope:
         full |= _older_rope(rope["full_attention"])

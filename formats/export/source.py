@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rilq.errors import CheckpointError
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
-from rilq.formats.lora import ADAPTER_FOLDER
+from rilq.formats.lora import ADAPTER_FOLDER, KEY_PREFIX
 from rilq.formats.native import QUANT_METHOD, RilqConfig, native_config, native_layout
 from rilq.formats.packed_linear import row_chunks
 from rilq.formats.packing import dequantize_packed
 from rilq.formats.peft_folder import CONFIG_NAME, PeftFolder
-from rilq.formats.shard import listing
+from rilq.formats.shard import listing, tensor_hash
 from rilq.formats.source import LocalFolder
 from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import MANIFEST_NAME, read_manifest
@@ -143,15 +143,29 @@ class NativeCheckpoint:
         words, scale, zero_point = (
             self.tensor(f"{module}.{part}") for part in ("weight", "weight_scale", "zero_point")
         )
-        adapter = self.adapter if self.adapter and module in self.adapter.linears else None
+        correction = self._correction(module)
         weight = torch.empty(self.shape(module), dtype=dtype)
         for rows in row_chunks(*weight.shape):
             part = dequantize_packed(words[rows], scale[rows], zero_point[rows], bits)
-            if adapter is not None:
-                a, b = adapter.factors([module])[module]
-                part += adapter.scaling * (b[rows].float() @ a.float())
+            if correction is not None:
+                part += correction[0][rows] @ correction[1]
             weight[rows] = part
         return weight
+
+    def _correction(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """`[rows, rank]` and `[rank, width]` float32, whose product the adapter adds; or None.
+
+        Raises:
+            CheckpointError: the adapter is not what was written.
+        """
+        if self.adapter is None or module not in self.adapter.linears:
+            return None
+        a, b = self.adapter.factors([module])[module]
+        listed = self.manifest["tensors"]
+        keys = [f"{KEY_PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
+        if [tensor_hash(a), tensor_hash(b)] != [listed.get(key) for key in keys]:
+            raise self._changed(keys)
+        return self.adapter.scaling * b.float(), a.float()
 
     def has_integer_zero_points(self) -> bool:
         """Whether every decoder linear's zero-points are codes, as some formats demand.
@@ -174,10 +188,13 @@ class NativeCheckpoint:
         listed = self.manifest["tensors"]
         wrong = [n for n, found in self.checkpoint.hashes.items() if listed[n] != found]
         if wrong:
-            raise CheckpointError(
-                f"{self.folder}: not what {MANIFEST_NAME} says: {listing(wrong)}\n"
-                "  the checkpoint is damaged; copy it again, or convert the model again"
-            )
+            raise self._changed(wrong)
+
+    def _changed(self, names: list[str]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: not what {MANIFEST_NAME} says: {listing(names)}\n"
+            "  the checkpoint is damaged; copy it again, or convert the model again"
+        )
 
 
 def _specs(checkpoint: Checkpoint, quantization: RilqConfig) -> dict[str, QuantSpec]:

@@ -176,6 +176,51 @@ def run_cli(in_child: Callable[[Callable[[], None]], Ended]) -> Callable[..., En
 
 
 @pytest.fixture(scope="session")
+def natives() -> dict[object, Path]:
+    """Native checkpoints that an earlier test has made."""
+    return {}
+
+
+@pytest.fixture
+def native(
+    natives: dict[object, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., Any],
+    run_cli: Callable[..., Any],
+    calib: Path,
+) -> Callable[..., Path]:
+    """`native(model_type, overrides, *options)`: a converted random model, not to be changed."""
+
+    def convert(model_type: str, overrides: dict[str, Any], *options: object) -> Path:
+        key = (model_type, str(overrides), options)
+        if key not in natives:
+            folder = tmp_path_factory.mktemp("native")
+            source = make_model(folder / "source", model_type, **overrides)
+            (source / "chat_template.jinja").write_text("{{ messages }}")
+            ended = run_cli(
+                *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
+                *("--seqlen", 24, "--quantizer", "rtn", "--rank", 0, "--device", "cpu"),
+                *("--max-shard-size", "60kB", "-o", folder / "out", *options),
+            )
+            assert ended.code == 0, ended.err
+            natives[key] = folder / "out"
+        return natives[key]
+
+    return convert
+
+
+@pytest.fixture
+def export(run_cli: Callable[..., Any]) -> Callable[..., Any]:
+    """`export(folder, out, *kinds, more=())`: the command, on the CPU."""
+
+    def run(folder: Path, out: Path, *kinds: str, more: tuple[object, ...] = ()) -> Any:
+        wanted = [word for kind in kinds for word in ("--to", kind)]
+        return run_cli("export", folder, *wanted, "-o", out, "--device", "cpu", *more)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def calib(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     """A calibration text of 6 kB."""
     path = tmp_path_factory.mktemp("text") / "calib.txt"

@@ -1,0 +1,130 @@
+"""Exports in the programs that they are for, each in an environment of its own.
+
+Opt-in (`make test-runtimes`): environments are made from the network first, and take minutes and
+gigabytes. What ran, and with what result, is in docs/runtimes.md.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accuracy import ENVIRONMENTS
+from accuracy_run import python_of, run
+from transformers import AutoModelForCausalLM
+
+import rilq  # noqa: F401  (teaches transformers the native format)
+
+pytestmark = pytest.mark.slow_runtime
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "runtimes"
+TORCH = "torch==2.13.0"
+RUNTIMES = {
+    "mlx": ENVIRONMENTS["mlx"],
+    "humming": (TORCH, "numpy==2.4.6", "safetensors==0.8.0", "humming-kernels==0.1.19"),
+}
+
+MLX: dict[str, tuple[str, dict[str, Any], tuple[object, ...]]] = {
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, ()),
+    "llama, every number of bits": (
+        "llama",
+        {},
+        (
+            *("--bits-for", "0.mlp.*=3", "--bits-for", "1.self_attn.*=4"),
+            *("--bits-for", "1.mlp.up_proj=8", "--skip", "1.mlp.gate_proj"),
+            *("--embed-bits", 4, "--head-bits", 8),
+        ),
+    ),
+    "llama, stretched": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        (),
+    ),
+    "mistral": ("mistral", {"sliding_window": None}, ()),
+    "qwen2": ("qwen2", {}, ()),
+    "qwen3, tied and packed": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        ("--embed-bits", 8, "--head-bits", 8),
+    ),
+    "gemma2": ("gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 16}, ()),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        (),
+    ),
+    "phi3": ("phi3", {}, ()),
+    "olmo2": ("olmo2", {}, ()),
+}
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[[str], Path]:
+    """`python(name)`: the interpreter of an environment, which is made on first use."""
+    homes = Path(os.environ.get("RILQ_ENVS", "~/.cache/rilq-benchmarks")).expanduser()
+
+    def make(name: str) -> Path:
+        homes.mkdir(parents=True, exist_ok=True)
+        return python_of(homes / name, RUNTIMES[name])
+
+    return make
+
+
+def rows() -> torch.Tensor:
+    return torch.arange(128).view(4, 32) * 7 % 320
+
+
+def native_logits(folder: Path) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(rows()).logits.numpy()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("case", MLX)
+def test_mlx_lm_computes_what_the_native_checkpoint_does(
+    case: str,
+    native: Callable[..., Path],
+    export: Callable[..., Any],
+    python: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    model_type, overrides, options = MLX[case]
+    folder = native(model_type, overrides, *options)
+    assert export(folder, tmp_path / "mlx", "mlx").code == 0
+    np.save(tmp_path / "rows.npy", rows().numpy())
+    script = SCRIPTS / "mlx_logits.py"
+    said = run(
+        [python("mlx"), script, tmp_path / "mlx", tmp_path / "rows.npy", tmp_path / "logits.npy"],
+        threads=1,
+    ).output
+    expected, found = native_logits(folder), np.load(tmp_path / "logits.npy")
+    apart = np.abs(found - expected).max()
+    print(f"{case}: {apart:.2g} of a spread of {expected.std():.2g}; {said.strip()}")
+    assert apart < 0.02 * expected.std()
+
+
+def test_humming_reads_the_configuration_and_asks_for_the_tensors_that_are_there(
+    native: Callable[..., Path],
+    export: Callable[..., Any],
+    python: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Its published schema, without a GPU: what it is told, and names, dtypes, shapes."""
+    kept = ("--skip", "0.self_attn.[qkv]_proj", "--bits-for", "1.mlp.gate_proj=3")
+    folder = native("llama", {}, *kept, "--bits-for", "1.mlp.up_proj=3")
+    assert export(folder, tmp_path / "vllm", "vllm").code == 0
+    said = run([python("humming"), SCRIPTS / "humming_schema.py", tmp_path / "vllm"], threads=1)
+    assert "11 linears" in said.output
+    print(said.output)
