@@ -14,21 +14,13 @@ import torch
 from torch import Tensor
 
 from rilq.formats.export.adapted import AdaptedReader
-from rilq.formats.export.folder import (
-    Entry,
-    copy_companions,
-    dense_entry,
-    entries,
-    unpack_stream,
-    write_weights,
-)
-from rilq.formats.export.integer import IntegerBase, check_integer, check_one_setting
+from rilq.formats.export.folder import Entry, unpack_stream
+from rilq.formats.export.integer import IntegerBase, bits_of, check_base, write_base
 from rilq.formats.export.kind import ROUNDING, DenseReader, ExportOptions
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
 from rilq.formats.packing import pack
 from rilq.formats.shard_writer import TensorLayout
 from rilq.formats.spec import QuantSpec
-from rilq.formats.writer import write_config
 from rilq.progress import Reporter
 
 WORD = 32
@@ -45,24 +37,12 @@ def check(form: NativeForm, options: ExportOptions) -> None:
     Raises:
         OptionError: one of them.
     """
-    check_integer(form, "compressed-tensors")
-    check_one_setting(form, "compressed-tensors")
+    check_base(form, "compressed-tensors")
 
 
 def write(native: NativeCheckpoint, folder: Path, options: ExportOptions, report: Reporter) -> None:
     """Write weights, `config.json`, the adapter and the files beside them."""
-    form, dtype = native.form, options.dtype
-    base = IntegerBase.open(native)
-
-    def packing(name: str, spec: QuantSpec) -> dict[str, Entry]:
-        return (
-            _entries(base, name, spec) if name in form.linears else dense_entry(native, name, dtype)
-        )
-
-    write_weights(folder, entries(native, dtype, packing), options.max_shard_size, report)
-    write_config(folder, form.config, _quantization(native), dtype)
-    copy_companions(native, folder)
-    base.copy_adapter(folder)
+    write_base(native, folder, options, report, _entries, _quantization(native))
 
 
 def read(folder: Path) -> DenseReader:
@@ -101,7 +81,7 @@ def _entries(base: IntegerBase, name: str, spec: QuantSpec) -> dict[str, Entry]:
 
 def _quantization(native: NativeCheckpoint) -> dict[str, Any]:
     weights = {
-        "num_bits": check_one_setting(native.form, "compressed-tensors"),
+        "num_bits": bits_of(native),
         "type": "int",
         "symmetric": False,
         "strategy": "group",
@@ -121,7 +101,7 @@ class _Reader(AdaptedReader):
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.checkpoint.config["quantization_config"]
         self._bits = int(config["config_groups"]["group_0"]["weights"]["num_bits"])
-        shapes = {}
+        shapes = dict[str, tuple[int, ...]]()
         for name, info in self.checkpoint.tensors.items():
             module, _, part = name.rpartition(".")
             if part == "weight_packed":
@@ -135,6 +115,8 @@ class _Reader(AdaptedReader):
         parts = ("weight_packed", "weight_scale", "weight_zero_point")
         words, scale, zeros = self.checkpoint.read([f"{module}.{part}" for part in parts]).values()
         codes = unpack_stream(words, self._bits).float()  # [out, in]
-        zero = unpack_stream(zeros.T.contiguous(), self._bits)[:, : len(codes)].T.float()
+        # A single word in each row counts as contiguous with any stride; a clone has its own.
+        rows = zeros.T.clone(memory_format=torch.contiguous_format)
+        zero = unpack_stream(rows, self._bits)[:, : len(codes)].T.float()
         groups = codes.view(len(codes), scale.shape[1], -1)
         return (groups - zero[..., None]).mul_(scale.float()[..., None]).flatten(1)

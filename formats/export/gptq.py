@@ -14,22 +14,14 @@ from torch import Tensor
 
 from rilq.errors import OptionError
 from rilq.formats.export.adapted import AdaptedReader
-from rilq.formats.export.folder import (
-    Entry,
-    copy_companions,
-    dense_entry,
-    entries,
-    unpack_stream,
-    write_weights,
-)
-from rilq.formats.export.integer import IntegerBase, check_integer, check_one_setting
+from rilq.formats.export.folder import Entry, unpack_stream
+from rilq.formats.export.integer import IntegerBase, bits_of, check_base, write_base
 from rilq.formats.export.kind import ROUNDING, DenseReader, ExportOptions
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
 from rilq.formats.packing import pack
 from rilq.formats.shard import listing
 from rilq.formats.shard_writer import TensorLayout
 from rilq.formats.spec import QuantSpec
-from rilq.formats.writer import write_config
 from rilq.progress import Reporter
 
 WORD = 32
@@ -46,25 +38,13 @@ def check(form: NativeForm, options: ExportOptions) -> None:
     Raises:
         OptionError: one of them.
     """
-    check_integer(form, "gptq")
-    check_one_setting(form, "gptq")
+    check_base(form, "gptq")
 
 
 def write(native: NativeCheckpoint, folder: Path, options: ExportOptions, report: Reporter) -> None:
     """Write weights, `config.json`, the adapter and the files beside them."""
-    form, dtype = native.form, options.dtype
     _check_outputs(native)
-    base = IntegerBase.open(native)
-
-    def packing(name: str, spec: QuantSpec) -> dict[str, Entry]:
-        return (
-            _entries(base, name, spec) if name in form.linears else dense_entry(native, name, dtype)
-        )
-
-    write_weights(folder, entries(native, dtype, packing), options.max_shard_size, report)
-    write_config(folder, form.config, _quantization(native), dtype)
-    copy_companions(native, folder)
-    base.copy_adapter(folder)
+    write_base(native, folder, options, report, _entries, _quantization(native))
 
 
 def read(folder: Path) -> DenseReader:
@@ -123,7 +103,7 @@ def _quantization(native: NativeCheckpoint) -> dict[str, Any]:
     quantization = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
-        "bits": check_one_setting(form, "gptq"),
+        "bits": bits_of(native),
         "group_size": native.quantization.group_size,
         "desc_act": False,
         "sym": False,
@@ -139,7 +119,7 @@ class _Reader(AdaptedReader):
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
         config = self.checkpoint.config["quantization_config"]
         self._bits = int(config["bits"])
-        shapes = {}
+        shapes = dict[str, tuple[int, ...]]()
         for name, info in self.checkpoint.tensors.items():
             module, _, part = name.rpartition(".")
             if part == "g_idx":

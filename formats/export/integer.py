@@ -6,7 +6,7 @@ none, the native checkpoint is the base itself. Merged zero-points are never rou
 delete what is merged in them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,23 @@ import torch
 from torch import Tensor
 
 from rilq.errors import CheckpointError, OptionError
+from rilq.formats.export.folder import (
+    Entry,
+    copy_companions,
+    dense_entry,
+    entries,
+    write_weights,
+)
+from rilq.formats.export.kind import ExportOptions
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
 from rilq.formats.integer_base import INTEGER_FOLDER, ZERO_POINTS_NAME, zero_point_name
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.formats.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from rilq.formats.shard import ShardHeader, listing, read_header, read_tensors
+from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import MANIFEST_NAME, file_hash
-from rilq.formats.writer import copy_side_files
+from rilq.formats.writer import copy_side_files, write_config
+from rilq.progress import Reporter
 
 _REMEDY = (
     "convert with --zero-point integer --keep-adapter, which keeps what this format needs beside "
@@ -29,11 +39,11 @@ _REMEDY = (
 )
 
 
-def check_integer(form: NativeForm, kind: str) -> None:
-    """Refuse a checkpoint that has no base with integer zero-points.
+def check_base(form: NativeForm, kind: str) -> None:
+    """Refuse a checkpoint without integer zero-points, or with more than one setting of bits.
 
     Raises:
-        OptionError: the message names the options that make one.
+        OptionError: the message names the options that make a base.
     """
     if form.recipe.get("zero_point") != "integer" or not (
         form.recipe.get("keep_adapter") or _unmerged(form.recipe)
@@ -42,14 +52,6 @@ def check_integer(form: NativeForm, kind: str) -> None:
             f"{form.label}: its zero-points are real numbers, and those of --to {kind} are "
             f"integers; to round them would delete what was trained\n  {_REMEDY}"
         )
-
-
-def check_one_setting(form: NativeForm, kind: str) -> int:
-    """The bits of all quantized linears, which a format has one setting for.
-
-    Raises:
-        OptionError: there are several.
-    """
     bits = {spec.bits for spec in form.linears.values()}
     if len(bits) > 1:
         most = [name for name, spec in form.linears.items() if spec.bits == max(bits)]
@@ -58,7 +60,38 @@ def check_one_setting(form: NativeForm, kind: str) -> int:
             f"whole model: {max(bits)} bits in {listing(most, 3)}\n"
             "  export --to dense, or convert without --bits-for and --avg-bits"
         )
-    return next(iter(bits), 2)
+
+
+def bits_of(native: NativeCheckpoint) -> int:
+    """Of all its linears; see `check_base`."""
+    return next((s.bits for s in native.form.linears.values()), native.quantization.bits)
+
+
+def write_base(
+    native: NativeCheckpoint,
+    folder: Path,
+    options: ExportOptions,
+    report: Reporter,
+    packing: Callable[["IntegerBase", str, QuantSpec], Mapping[str, Entry]],
+    quantization: Mapping[str, Any],
+) -> None:
+    """Write the base, `config.json`, the adapter and the files beside them.
+
+    Args:
+        packing: gives the tensors of a decoder linear; embedding and head are dequantized.
+        quantization: `quantization_config`.
+    """
+    base, dtype = IntegerBase.open(native), options.dtype
+
+    def packed(name: str, spec: QuantSpec) -> Mapping[str, Entry]:
+        if name in native.form.linears:
+            return packing(base, name, spec)
+        return dense_entry(native, name, dtype)
+
+    write_weights(folder, entries(native, dtype, packed), options.max_shard_size, report)
+    write_config(folder, native.form.config, quantization, dtype)
+    copy_companions(native, folder)
+    base.copy_adapter(folder)
 
 
 def _unmerged(recipe: Mapping[str, Any]) -> bool:

@@ -8,10 +8,10 @@ from rilq.formats.export.kind import ExportKind
 
 KINDS: Mapping[str, ExportKind] = {
     "dense": dense,
-    "gptq": gptq,
     "mlx": mlx,
     "metal": metal,
     "vllm": vllm,
+    "gptq": gptq,
     "compressed-tensors": compressed_tensors,
 }
 

@@ -167,18 +167,6 @@ class NativeCheckpoint:
             raise self._changed(keys)
         return self.adapter.scaling * b.float(), a.float()
 
-    def has_integer_zero_points(self) -> bool:
-        """Whether every decoder linear's zero-points are codes, as some formats demand.
-
-        Reads all of them; a merged adapter has made them real numbers.
-        """
-        for module, spec in self.form.linears.items():
-            zero_point = self.tensor(f"{module}.zero_point")
-            low, high = torch.aminmax(zero_point)
-            if low < 0 or high > spec.max_code or not torch.equal(zero_point, zero_point.round()):
-                return False
-        return True
-
     def check_read(self) -> None:
         """Compare what has been read so far with the checksums in `rilq.json`.
 
