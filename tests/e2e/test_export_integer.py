@@ -28,14 +28,12 @@ KINDS = ("gptq", "compressed-tensors")
 
 CASES: dict[str, tuple[str, tuple[object, ...]]] = {
     "llama": ("llama", ()),
-    "llama, 3 bits": ("llama", ("--bits", 3)),
-    "llama, 8 bits, some linears kept": (
+    "llama, 3 bits, some linears kept": (
         "llama",
-        ("--bits", 8, "--skip", "v_proj", "--skip", "1.mlp.*"),
+        ("--bits", 3, "--skip", "v_proj", "--skip", "1.mlp.*"),
     ),
     "qwen2, biases": ("qwen2", ()),
     "qwen3, embedding packed": ("qwen3", ("--embed-bits", 8)),
-    "gemma2": ("gemma2", ()),
     "gemma3": ("gemma3_text", ()),
 }
 
@@ -137,8 +135,7 @@ def test_base_and_peft_adapter_compute_what_the_merged_checkpoint_does(
         alone = logits(base)
         found = logits(PeftModel.from_pretrained(base, out / "adapter"))
         assert (found - expected).abs().max() < 0.03 * expected.std()
-        if "8 bits" not in case:  # where rounding leaves an adapter next to nothing to do
-            assert (alone - expected).abs().max() > 5 * (found - expected).abs().max()
+        assert (alone - expected).abs().max() > 5 * (found - expected).abs().max()
         assert told["logit_difference"]["largest"] < told["bound"]
         assert run_cli("verify", out).code == 0
 
@@ -200,12 +197,11 @@ def test_a_base_that_nothing_was_merged_into_needs_no_kept_one(
     native: Run, export: Run, tmp_path: Path
 ) -> None:
     lora = ("--adapter", "lora", "--rank", 4, "--lr", "1e-2", *TRAINED)
-    for name, options in {"plain": (), "scales": ("--train", "scales", *TRAINED)}.items():
-        folder = native("llama", {}, *INTEGER, *options)
-        assert export(folder, tmp_path / name, "gptq").code == 0
-        assert not (tmp_path / name / "adapter").exists()
-        found = logits(dense_model(tmp_path / name, "gptq"))
-        torch.testing.assert_close(found, native_logits(folder), rtol=0, atol=2e-3)
+    folder = native("llama", {}, *INTEGER, "--train", "scales", *TRAINED)
+    assert export(folder, tmp_path / "scales", "gptq").code == 0
+    assert not (tmp_path / "scales" / "adapter").exists()
+    found = logits(dense_model(tmp_path / "scales", "gptq"))
+    torch.testing.assert_close(found, native_logits(folder), rtol=0, atol=2e-3)
     folder = native("llama", {}, *INTEGER, *lora)
     assert export(folder, tmp_path / "lora", "gptq").code == 0
     for part in ("adapter_config.json", "adapter_model.safetensors"):
@@ -230,16 +226,16 @@ REFUSED: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_round_zero_points_is_refused_with_the_options_that_help(
-    case: str, kind: str, native: Run, export: Run, tmp_path: Path
+    case: str, native: Run, export: Run, tmp_path: Path
 ) -> None:
     options, said = REFUSED[case]
-    ended = export(native("llama", {}, *options), tmp_path / "out", kind)
-    assert ended.code == 2 and "Traceback" not in ended.err
-    assert all(word in ended.err for word in (*said, f"--to {kind}")), ended.err
-    assert list(tmp_path.iterdir()) == []
+    for kind in KINDS:
+        ended = export(native("llama", {}, *options), tmp_path / "out", kind)
+        assert ended.code == 2 and "Traceback" not in ended.err
+        assert all(word in ended.err for word in (*said, f"--to {kind}")), ended.err
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_refuses_such_an_export_before_it_begins(
@@ -253,11 +249,10 @@ def test_convert_refuses_such_an_export_before_it_begins(
 def test_convert_writes_it_where_the_options_are_right(
     tmp_path: Path, run_cli: Run, arguments: Run
 ) -> None:
-    kept = (*INTEGER, "--keep-adapter", "--export", "gptq", "--export", "compressed-tensors")
+    kept = (*INTEGER, "--keep-adapter", "--quantizer", "rtn", "--export", "gptq")
     ended = run_cli(*arguments(tmp_path, *kept))
     assert ended.code == 0, ended.err
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["out", "out-compressed-tensors", "out-gptq"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-gptq"]
 
 
 def test_outputs_that_fill_no_whole_words_are_refused_by_gptq_alone(

@@ -81,8 +81,7 @@ def test_zero_points_of_the_base_are_integers_of_every_quantizer(
 
 @pytest.mark.parametrize(
     ("train", "model_type"),
-    [("adapters", "llama")]
-    + [("adapters+scales", name) for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")],
+    [("adapters", "llama"), ("adapters+scales", "llama"), ("adapters+scales", "gemma2")],
 )
 def test_base_with_its_adapter_in_peft_is_the_merged_checkpoint(
     train: str, model_type: str, converted: Run, make_model: Run, tmp_path: Path, run_cli: Run
