@@ -16,8 +16,9 @@ import rilq
 from rilq.calib.dataset import evaluation_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
+from rilq.converter.architecture import load_config
 from rilq.converter.layers import StreamedModel
-from rilq.converter.machine import measure_machine
+from rilq.converter.machine import large_blocks_returned, measure_machine
 from rilq.converter.pipeline import Job
 from rilq.errors import RilqError
 from rilq.evaluation.forward import Subject
@@ -75,8 +76,8 @@ def export(
 ) -> list[Exported]:
     """Write a native checkpoint in other formats, each read back before it is published.
 
-    In memory are one tensor while writing, and while reading back one decoder layer in float32,
-    embedding and head. On disk are the hidden states of three layer boundaries of a short text.
+    In memory are one tensor while writing, and while reading back one decoder layer, embedding and
+    head in float32. On disk are hidden states and logits of a short text.
 
     Args:
         folder: the native checkpoint.
@@ -92,6 +93,7 @@ def export(
             of it is left.
     """
     native = NativeCheckpoint.open(folder, report)
+    load_config(native.checkpoint)  # refuses what could not be run for the comparison
     for name in outputs:
         kind_of(name).check(native.form, options)
     done = {
@@ -167,7 +169,8 @@ def _export(
     kind = kind_of(name)
     staging = open_staging(output, "export")
     try:
-        kind.write(native, staging, options, report)
+        with large_blocks_returned():
+            kind.write(native, staging, options, report)
         native.check_read()
         exported = ExportedCheckpoint(kind.read(staging), staging, native, report)
         difference = compared.compare(exported)

@@ -7,7 +7,8 @@ computes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.layers import StreamedModel
+from rilq.converter.machine import large_blocks_returned
 from rilq.evaluation.forward import Subject, last_states, predictions
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.export.kind import DenseReader
@@ -71,21 +74,30 @@ class ExportedCheckpoint(Checkpoint):
 
 
 class ReadBack:
-    """The native's hidden states on a text, computed once and held against each export.
+    """The native's logits on a text, computed once, kept on disk and held against each export.
+
+    So only one model is in memory at a time: a decoder layer, embedding and head.
 
     Args:
-        native: computes in float32.
+        native: computes in float32; its weights are dropped afterwards.
         tokens: `[rows, seq_len]` int64.
-        folder: an empty one, for hidden states; must outlive this object.
+        folder: an empty one for hidden states and logits; must outlive this object.
+
+    Raises:
+        RilqError: the model computes NaN or infinity.
+        OutputError: the volume is full.
     """
 
     def __init__(self, native: Subject, tokens: Tensor, folder: Path, report: Reporter) -> None:
-        self._native, self._tokens, self._folder, self._report = native, tokens, folder, report
-        report.stage("native", len(native.streamed.layers), "layer")
-        place = folder / "native"
-        place.mkdir()
-        with torch.no_grad():
-            self._states = last_states(native, tokens, place, report)
+        self._streamed, self._tokens = native.streamed, tokens
+        self._folder, self._report = folder, report
+        predicted = tokens[:, 1:].numel()
+        shape = (predicted, 1, native.streamed.config.vocab_size)
+        self._logits = ActivationStore(folder / "logits.bin", shape, torch.float32)
+        with ActivationWriter(self._logits.path, shape, torch.float32, native.label) as writer:
+            for batch in self._run(native, "native"):
+                writer.append(batch[:, None])
+        native.streamed.unload()
 
     @torch.no_grad()
     def compare(self, exported: Checkpoint) -> LogitDifference:
@@ -94,26 +106,28 @@ class ReadBack:
         Raises:
             CheckpointError: tensors are missing, or have other shapes than the model's.
             RilqError: the model computes NaN or infinity.
+            OutputError: the volume is full.
         """
-        native = self._native.streamed
-        subject = Subject(
-            StreamedModel(exported, dtype=native.dtype, device=native.device), adapter=None
-        )
-        self._report.stage("read back", len(subject.streamed.layers), "layer")
-        place = self._folder / "export"
-        place.mkdir()
-        states = last_states(subject, self._tokens, place, self._report)
+        streamed = StreamedModel(exported, dtype=self._streamed.dtype, device=self._streamed.device)
         largest = total = first = second = 0.0
-        logits = tokens = 0
-        pairs = predictions([self._native, subject], [self._states, states], self._tokens)
-        for _, (expected, found), targets in pairs:
+        done = 0
+        for found in self._run(Subject(streamed, adapter=None), "read back"):
+            expected = self._logits.read(done, done + len(found))[:, 0].to(found.device)
             apart = (found - expected).abs()
-            largest = max(largest, apart.max().item())  # NaN is found by `last_states`
+            largest = max(largest, apart.max().item()) if apart.isfinite().all() else math.inf
             total += apart.sum(dtype=torch.float64).item()
             first += expected.sum(dtype=torch.float64).item()
             second += expected.double().square().sum().item()
-            logits, tokens = logits + expected.numel(), tokens + targets.numel()
-        states.delete()
-        place.rmdir()
-        spread = math.sqrt(max(0.0, second / logits - (first / logits) ** 2))
-        return LogitDifference(largest, total / logits, spread, tokens)
+            done += len(found)
+        values = done * self._logits.shape[2]
+        spread = math.sqrt(max(0.0, second / values - (first / values) ** 2))
+        return LogitDifference(largest, total / values, spread, done)
+
+    @torch.no_grad()
+    def _run(self, subject: Subject, stage: str) -> Iterator[Tensor]:
+        """All logits of a model, a bounded number at a time: `[tokens, vocabulary]` float32."""
+        self._report.stage(stage, len(subject.streamed.layers), "layer")
+        with tempfile.TemporaryDirectory(dir=self._folder) as place, large_blocks_returned():
+            states = last_states(subject, self._tokens, Path(place), self._report)
+            for _, (logits,), _ in predictions([subject], [states], self._tokens):
+                yield logits.flatten(0, 1)

@@ -98,6 +98,13 @@ class NativeCheckpoint:
                 f"{folder}: tensors that {MANIFEST_NAME} does not list: {listing(unlisted)}\n"
                 "  the files are of different checkpoints; copy the folder again"
             )
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
+        weights = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        if missing := [name for name in weights if name not in present]:
+            raise CheckpointError(
+                f"{folder}: missing, though {MANIFEST_NAME} lists them: {listing(missing)}\n"
+                "  copy the folder again, with all that is in it"
+            )
         specs = _specs(checkpoint, quantization)
         shapes = _linear_shapes(checkpoint, specs)
         adapter = None
@@ -192,11 +199,13 @@ def _specs(checkpoint: Checkpoint, quantization: RilqConfig) -> dict[str, QuantS
         module, _, part = key.rpartition(".")
         if part != "weight_scale":
             continue
-        spec = _configured(module, quantization)
-        rows, groups = checkpoint.tensors[key].shape
-        expected = native_layout(module, rows, groups * spec.group_size, spec) if spec else {}
+        spec, shape = _configured(module, quantization), checkpoint.tensors[key].shape
+        if spec is None or len(shape) != 2:
+            wrong.append(module)
+            continue
+        expected = native_layout(module, shape[0], shape[1] * spec.group_size, spec)
         found = {name: checkpoint.tensors.get(name) for name in expected}
-        if spec is None or any(
+        if any(
             info is None or (info.dtype, info.shape) != (expected[n].dtype, expected[n].shape)
             for n, info in found.items()
         ):

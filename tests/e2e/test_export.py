@@ -147,6 +147,10 @@ def test_a_lora_beside_the_base_is_in_the_dense_export_and_refused_elsewhere(
     for kind in ("mlx", "metal", "vllm"):
         ended = export(folder, tmp_path / kind, kind)
         assert ended.code == 2 and "--to dense" in ended.err and "--adapter pooled" in ended.err
+    without = Path(shutil.copytree(folder, tmp_path / "copy"))
+    shutil.rmtree(without / "adapter")
+    ended = export(without, tmp_path / "base", "dense")
+    assert ended.code == 2 and "adapter/adapter_model.safetensors" in ended.err
 
 
 # -- what vLLM is told -----------------------------------------------------------------------------
