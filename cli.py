@@ -108,7 +108,8 @@ def _convert_options(
         str | None,
         _option(
             _BASE,
-            "real, or integer (before merging; a merged one is always real). (default: real)",
+            "real, or integer (before merging; a merged one is always real, see --keep-adapter). "
+            "(default: real)",
         ),
     ] = None,
     skip: Annotated[
@@ -192,6 +193,15 @@ def _convert_options(
             "that is not trained). (default: zero)",
         ),
     ] = None,
+    keep_adapter: Annotated[
+        bool,
+        _option(
+            _TRAIN,
+            "With --zero-point integer: beside the merged result, keep the base's zero-points and "
+            "the adapter, for exports to formats with integer zero-points.",
+            "--keep-adapter",
+        ),
+    ] = False,
     train: Annotated[
         str | None,
         _option(
@@ -292,6 +302,7 @@ def _convert_options(
         alpha=alpha,
         adapter=adapter,
         adapter_init=adapter_init,
+        keep_adapter=keep_adapter,
         train=train,
         loss=loss,
         target=target,
@@ -697,7 +708,10 @@ def _change_folder(file: Path) -> None:
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
-    to: Annotated[list[str], typer.Option(help="dense, gguf, mlx, metal or vllm; repeatable.")],
+    to: Annotated[
+        list[str],
+        typer.Option(help="dense, gguf, gptq, mlx, metal, vllm or compressed-tensors; repeatable."),
+    ],
     output_dir: Annotated[
         Path,
         typer.Option(

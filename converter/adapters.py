@@ -6,6 +6,7 @@ addition to the groups' minima, which the format stores: it merges without a los
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,23 @@ def pooled_shift(a: Tensor, b: Tensor, spec: AdapterSpec) -> Tensor:
     """
     assert spec.kind == "pooled", "a plain LoRA is no addition to minima"
     return spec.scaling * (b @ a)
+
+
+def plain_adapters(trained: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    """Pooled adapters as the plain LoRAs that they are: `A P`, with `P x` the sums over groups.
+
+    Args:
+        trained: by `<linear>.<part>`; `a [rank, groups]` and `b` are taken.
+
+    Returns:
+        `<linear>.a [rank, in_features]`, and `<linear>.b` as it is.
+    """
+    plain = {}
+    for name, value in trained.items():
+        part = name.rpartition(".")[2]
+        if part in ("a", "b"):
+            plain[name] = value.repeat_interleave(group_size, dim=1) if part == "a" else value
+    return plain
 
 
 def learning_rate(hidden_size: int) -> float:

@@ -19,6 +19,7 @@ from rilq.converter.merge import merged_codes, merged_grid
 from rilq.converter.outer import SOURCE_FILE, saved_outer
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.integer_base import write_zero_points
 from rilq.formats.lora import write_peft_adapter
 from rilq.formats.native import RilqConfig
 from rilq.formats.shard import read_header
@@ -132,6 +133,7 @@ def write_output(
     max_shard_size: int,
     manifest: Mapping[str, Any],
     lora: tuple[AdapterSpec, Mapping[str, Tensor]] | None,
+    integer_base: QuantizedParts | None,
     report: Reporter,
 ) -> None:
     """Write the checkpoint beside its place, shard by shard, and publish it by one rename.
@@ -140,6 +142,8 @@ def write_output(
         parts: what to write.
         manifest: content of `rilq.json` but for the checksums.
         lora: a plain LoRA to keep beside the base, as a PEFT folder.
+        integer_base: what is merged in `parts` without its adapter, which is then `lora`; its
+            zero-points are kept.
     """
     shards = plan_shards({n: t.nbytes for n, t in parts.layout.items()}, max_shard_size)
     names = shard_names(len(shards))
@@ -168,7 +172,11 @@ def write_output(
     copy_side_files({name: checkpoint.source.path(name) for name in side}, staging)
     if lora is not None:
         spec, adapters = lora
-        write_peft_adapter(staging, adapters, rank=spec.rank, alpha=spec.alpha)
+        base = staging
+        if integer_base is not None:
+            linears = [name.removesuffix(".a") for name in adapters if name.endswith(".a")]
+            base = write_zero_points(staging, linears, integer_base.layout, integer_base.tensor)
+        write_peft_adapter(base, adapters, rank=spec.rank, alpha=spec.alpha)
     write_manifest(staging, manifest)
     workdir.reached("publish:before")
     publish(staging, output)

@@ -47,8 +47,9 @@ def merged_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point that hold what was trained of them.
 
-    Storing them in float16 is the only rounding; the minimum is kept by the zero-point, which is
-    computed for the rounded scale.
+    Storing them in float16 is the only rounding. What is added to the minima is counted in steps of
+    the rounded scale, so that the result is the base at that scale with its adapter beside it;
+    where nothing is added the zero-point stays what it was, and an integer an integer.
 
     Args:
         scale, zero_point: as stored, `[out_features, groups]` float16.
@@ -70,7 +71,7 @@ def merged_grid(
         shift=shift,
     )
     stored = exact_scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16)
-    zero = exact_zero * (exact_scale / stored.float())
+    zero = zero_point + (exact_zero - zero_point) * (exact_scale / stored.float())
     return stored, zero.clamp(-LARGEST_SCALE, LARGEST_SCALE).to(torch.float16)
 
 

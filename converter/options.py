@@ -104,6 +104,7 @@ class ConvertOptions:
     alpha: float = 16.0
     adapter: AdapterKind = "pooled"
     adapter_init: AdapterInit = "zero"
+    keep_adapter: bool = False
     train: Train | None = None
     loss: str = "kl"
     target: Target = "post-norm"
@@ -135,7 +136,8 @@ class ConvertOptions:
     def of_recipe(cls, recipe: str, **given: Any) -> ConvertOptions:
         """A recipe's options, with what is `given` (and not None) in the place of its own.
 
-        With a rank of 0, or a plain LoRA, what is trained follows from that, as without a recipe.
+        With a rank of 0, a plain LoRA or an adapter that is kept, what is trained follows from
+        that, as without a recipe.
 
         Raises:
             OptionError: no such recipe, or impossible values.
@@ -144,7 +146,8 @@ class ConvertOptions:
             raise OptionError(f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
         chosen = {name: value for name, value in given.items() if value is not None}
         own = dict(RECIPES[recipe])
-        if chosen.get("rank") == 0 or chosen.get("adapter") == "lora":
+        decided = chosen.get("rank") == 0 or chosen.get("adapter") == "lora"
+        if decided or chosen.get("keep_adapter"):
             own.pop("train", None)
         return cls(**{"recipe": recipe, **own, **chosen})
 
@@ -304,7 +307,7 @@ def _check(options: ConvertOptions) -> None:
     for pattern, bits in o.bits_for:
         if bits not in BITS:
             problems.append(f"--bits-for {pattern}={bits}: expected one of {BITS}")
-    problems += _training_problems(o) + _average_problems(o)
+    problems += _training_problems(o) + _average_problems(o) + _kept_problems(o)
     if problems:
         raise OptionError("\n".join(problems))
 
@@ -358,6 +361,32 @@ def _average_problems(o: ConvertOptions) -> list[str]:
             f"--avg-bits, --adapter-init {o.adapter_init}: fits the error that the base's bits "
             "leave\n  use --adapter-init zero"
         )
+    return problems
+
+
+def _kept_problems(o: ConvertOptions) -> list[str]:
+    if not o.keep_adapter:
+        return []
+    problems = []
+    if o.zero_point != "integer":
+        problems.append(
+            f"--keep-adapter, --zero-point {o.zero_point}: keeps the base without its adapter for "
+            "formats whose zero-points are integers\n  add --zero-point integer"
+        )
+    if o.adapter == "lora":
+        problems.append(
+            "--keep-adapter, --adapter lora: a plain LoRA is never merged, and kept anyway\n"
+            "  leave out --keep-adapter, or use --adapter pooled"
+        )
+    if o.rank == 0:
+        problems.append("--keep-adapter, --rank 0: there is no adapter to keep")
+    elif o.train in ("all", "all+codes"):
+        problems.append(
+            f"--keep-adapter, --train {o.train}: moves the minima off the integer zero-points, and "
+            "trains no adapter\n  use --train adapters+scales, or --train adapters"
+        )
+    elif o.train in ("none", "scales"):
+        problems.append(f"--keep-adapter, --train {o.train}: there is no adapter to keep")
     return problems
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +22,11 @@ import rilq
 from rilq.calib.dataset import calibration_rows
 from rilq.calib.sources import describe_source, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
-from rilq.converter.adapters import AdapterSpec
+from rilq.converter.adapters import AdapterSpec, plain_adapters
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.bit_choice import average_bits, choose_bits
 from rilq.converter.finish import QuantizedParts, write_output
-from rilq.converter.initial import InitialAdapters, use_initial
+from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss
 from rilq.converter.machine import measure_machine, memory_errors_explained
@@ -44,6 +45,7 @@ from rilq.converter.workdir import (
     peek,
     peek_facts,
 )
+from rilq.converter.zero_point_cost import relative_errors, rounding_errors
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.hub import HubRepository, open_source
@@ -201,6 +203,13 @@ class _Conversion:
                 outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
                 initial=self._initial(),
                 more_bits=self.options.more_bits,
+                after_layer=partial(
+                    rounding_errors,
+                    spec_for=self.options.spec_for,
+                    device=self.streamed.device,
+                )
+                if self.options.keep_adapter
+                else None,
             ),
             self.report,
         )
@@ -212,6 +221,8 @@ class _Conversion:
                 r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
             ]
         }
+        if self.options.keep_adapter:
+            quality["rounding_error"] = self._zero_point_cost()
         if self.options.avg_bits is not None:
             quality["bits"] = self._choose_bits()
             self.bits = quality["bits"]["chosen"]
@@ -258,6 +269,14 @@ class _Conversion:
             f"{len(facts['chosen'])} of {len(self.plan.quantized)} linears"
         )
         return facts
+
+    def _zero_point_cost(self) -> dict[str, float]:
+        errors = relative_errors(record.facts for record in self.work.stage("layers"))
+        self.report.note(
+            "integer zero-points: rounding to a least-squares grid leaves "
+            f"{errors['integer']:.4f} of the weights' squares, with real ones {errors['real']:.4f}"
+        )
+        return errors
 
     def _initial(self) -> InitialAdapters | None:
         """How adapters start, where that is found while quantizing."""
@@ -361,33 +380,41 @@ class _Conversion:
             del student, trainer
             parts = QuantizedParts(self.work, self.layers, best, self.adapter_spec, bits=self.bits)
             merged = self._student(parts, quantization, train="none")
-            facts |= self._merge_figures(merged, before, sample, stream, tokens, validation)
+            measured = partial(self._measured, before, sample, stream, tokens, validation)
+            facts |= self._merge_figures(*measured(merged))
+            if self.options.keep_adapter:
+                del merged
+                facts |= self._kept_figures(best, quantization, measured)
         self.work.commit("trained", "trained", facts, files={path: file_hash(path)})
 
-    def _merge_figures(
+    def _measured(
         self,
-        merged: Student,
         before: Tensor,
         sample: Tensor,
         stream: StreamingPass,
         tokens: Tensor,
         validation: int,
-    ) -> dict[str, Any]:
+        stored: Student,
+    ) -> tuple[Tensor, float]:
+        """How far a stored student's logits are from those `before`; its validation loss."""
         with torch.no_grad():
-            after = merged(sample).cpu()
-        apart = (after - before).abs()
+            apart = (stored(sample).cpu() - before).abs()
+        loss = validation_loss(
+            stored,
+            tokens,
+            stream.targets(),
+            rows=range(len(tokens) - validation, len(tokens)),
+            batch=self.choices.micro_batch,
+            loss=self.loss,
+            device=self.streamed.device,
+        )
+        return apart, loss
+
+    def _merge_figures(self, apart: Tensor, loss: float) -> dict[str, Any]:
         figures = {
             "merge_max_logit_difference": apart.max().item(),
             "merge_mean_logit_difference": apart.mean().item(),
-            "validation_loss_merged": validation_loss(
-                merged,
-                tokens,
-                stream.targets(),
-                rows=range(len(tokens) - validation, len(tokens)),
-                batch=self.choices.micro_batch,
-                loss=self.loss,
-                device=self.streamed.device,
-            ),
+            "validation_loss_merged": loss,
         }
         self.report.note(
             f"merged: logits differ from the unmerged ones by at most "
@@ -395,6 +422,34 @@ class _Conversion:
             f"{figures['merge_mean_logit_difference']:.2g}, float16 rounding)"
         )
         return figures
+
+    def _kept_figures(
+        self,
+        best: Mapping[str, Tensor],
+        quantization: RilqConfig,
+        measured: Callable[[Student], tuple[Tensor, float]],
+    ) -> dict[str, Any]:
+        """The integer base as it will be stored, with its adapter beside it and alone."""
+        parts = self._integer_base(best)
+        beside = self._student(parts, quantization, train="adapters")
+        set_values(beside.trained, {n: best[n] for n in beside.trained})
+        apart, loss = measured(beside)
+        del beside
+        alone = measured(self._student(parts, quantization, train="none"))[1]
+        self.report.note(
+            f"kept: integer base and adapter: validation loss {loss:.4f}, logits differ from the "
+            f"trained ones by at most {apart.max().item():.2g}; the base alone {alone:.4f}"
+        )
+        return {
+            "kept_max_logit_difference": apart.max().item(),
+            "validation_loss_kept": loss,
+            "validation_loss_integer_base": alone,
+        }
+
+    def _integer_base(self, trained: Mapping[str, Tensor]) -> QuantizedParts:
+        """The base with its trained scales, without its adapter."""
+        scales = {name: t for name, t in trained.items() if name.endswith(".log_scale")}
+        return QuantizedParts(self.work, self.layers, scales, bits=self.bits)
 
     def _checkpointer(self, trainer: Trainer) -> Callable[[], None]:
         def commit() -> None:
@@ -426,6 +481,11 @@ class _Conversion:
         merged = trained if self._merging else None
         parts = QuantizedParts(self.work, self.layers, merged, spec, bits=self.bits)
         lora = (spec, trained) if spec is not None and not self._merging else None
+        integer_base = None
+        if self.options.keep_adapter:
+            assert spec is not None, "no adapter to keep"
+            lora = (spec, plain_adapters(trained, self.options.group_size))
+            integer_base = self._integer_base(trained)
         manifest = {
             "format_version": quantization.format_version,
             "job": job_hash(fingerprint),
@@ -448,6 +508,7 @@ class _Conversion:
             max_shard_size=parse_size(self.options.max_shard_size),
             manifest=manifest,
             lora=lora,
+            integer_base=integer_base,
             report=self.report,
         )
 

@@ -35,6 +35,7 @@ from rilq.converter.options import (
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
+from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
 from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import CHUNK
@@ -207,7 +208,8 @@ def make_plan(
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
     peak = max(stream, train if options.trains != "none" else 0) + FIXED
     on_cpu = machine.device_free is None
-    output = sizes.output_bytes + (sizes.trained_values * 4 if options.adapter == "lora" else 0)
+    beside = _beside_bytes(sizes, quantized, options)
+    output = sizes.output_bytes + beside
     # On its way to being rotated, a tensor is in memory beside the others.
     rotating = max(t.nbytes for t in checkpoint.tensors.values()) if options.rotate else 0
     seconds, basis = _time(sizes, options, machine, validation, rows)
@@ -238,7 +240,7 @@ def make_plan(
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
         seconds=seconds,
         time_basis=basis,
-        notes=_notes(options, quantized) + _untied(streamed),
+        notes=_notes(options, quantized, beside) + _untied(streamed),
     )
 
 
@@ -428,6 +430,16 @@ class _Sizes:
         return output + states + initial + trained + alternatives + (4 << 20)
 
 
+def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: ConvertOptions) -> int:
+    """What lies beside the checkpoint: a plain LoRA, or an integer base with its adapter."""
+    if options.adapter == "lora":
+        return 4 * sizes.trained_values
+    if not options.keep_adapter:
+        return 0
+    grids = sum(p.out_features * (p.in_features // options.group_size) for p in quantized)
+    return grids + sum(4 * options.rank * (p.out_features + p.in_features) for p in quantized)
+
+
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
     """Values that are trained for one linear."""
     out, width, size = linear.out_features, linear.in_features, options.group_size
@@ -525,7 +537,9 @@ def _check(
         )
 
 
-def _notes(options: ConvertOptions, quantized: tuple[LinearPlan, ...]) -> tuple[str, ...]:
+def _notes(
+    options: ConvertOptions, quantized: tuple[LinearPlan, ...], beside: int
+) -> tuple[str, ...]:
     notes = []
     groups = [p.in_features // options.group_size for p in quantized]
     if (
@@ -541,6 +555,8 @@ def _notes(options: ConvertOptions, quantized: tuple[LinearPlan, ...]) -> tuple[
         )
     if options.trains_adapters and options.adapter == "lora":
         notes.append("a plain LoRA cannot be merged; it is kept beside the base as a PEFT folder")
+    if options.keep_adapter:
+        notes.append(f"integer zero-points and the adapter are kept beside: {gigabytes(beside)}")
     return tuple(notes)
 
 
@@ -626,7 +642,8 @@ def _time(
     # Norms, rotary embeddings, activations, residuals, adapters: so many reads and writes.
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
-    searched = sizes.quantized_weights * (sizes.searches + sizes.alternatives)
+    compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
+    searched = sizes.quantized_weights * (sizes.searches + sizes.alternatives + compared)
     moved += SEARCH_BYTES * (searched + sizes.outer_packed)
     moved += ROTATE_BYTES * sizes.parameters if options.rotate else 0
     seconds = flops / machine.flops + moved / machine.bandwidth

@@ -63,7 +63,8 @@ class StreamOptions:
         initial: what adapters start from, to be found with the codes; None for what needs no data.
             The student's states are then those of the layers with their adapters.
         more_bits: each linear is also quantized to these, and what that gains is measured.
-        after_layer: told of every layer while it is still loaded; for analyses.
+        after_layer: told of every layer while it is still loaded; what it returns is kept with
+            the layer's facts.
     """
 
     quantizer: Quantizer | LayerQuantizer
@@ -77,7 +78,7 @@ class StreamOptions:
     outer: Mapping[str, QuantSpec] = field(default_factory=dict)
     initial: InitialAdapters | None = None
     more_bits: tuple[int, ...] = ()
-    after_layer: Callable[[StreamedLayer], None] | None = None
+    after_layer: Callable[[StreamedLayer], Mapping[str, Any] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,15 @@ class StreamingPass:
             more = self._save_alternatives(index, others)
             gains = self._gains(index, more, student, wanted)
             student_digest, error = self._propagate_compared(index, student, next_student, wanted)
+            found: Mapping[str, Any] | None = None
             if self.options.after_layer is not None:
-                self.options.after_layer(StreamedLayer(index, tensors, saved, student, wanted))
+                layer = StreamedLayer(index, tensors, saved, student, wanted)
+                found = self.options.after_layer(layer)
         return_free_memory()
         self.work.commit(
             "layers",
             f"layer {index}",
-            {"error": error, "source": self._source_hashes(names)} | gains,
+            {"error": error, "source": self._source_hashes(names), **gains, **(found or {})},
             files={each: file_hash(each) for each in [*paths, *more.values()]},
             passing={next_teacher: digest, next_student: student_digest},
         )

@@ -128,7 +128,7 @@ def check_planned(job: Job, outputs: Mapping[str, Path], options: ExportOptions)
         kept=tuple(name for name, _ in plan.kept),
         outer={each.name: each.spec for each in plan.outer if each.spec},
         lora=job.options.adapter == "lora" and job.options.trains_adapters,
-        recipe=job.options.recorded(),
+        recipe={**job.options.recorded(), "train": job.options.trains},
     )
     local = Path(job.options.model) if job.checkpoint.source.commit is None else None
     for name, output in outputs.items():

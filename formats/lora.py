@@ -1,4 +1,4 @@
-"""A plain LoRA beside a native base, as a folder that stock PEFT loads."""
+"""A plain LoRA beside a base, as a folder that stock PEFT loads."""
 
 import json
 from collections.abc import Mapping

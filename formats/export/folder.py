@@ -117,7 +117,7 @@ class FolderReader:
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = Checkpoint.open(
-            LocalFolder(folder), dtypes=SOURCE_DTYPES | {torch.int32, torch.uint32}
+            LocalFolder(folder), dtypes=SOURCE_DTYPES | {torch.int32, torch.int64, torch.uint32}
         )
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: info.shape for name, info in self.checkpoint.tensors.items()

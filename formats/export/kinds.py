@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from rilq.errors import OptionError
-from rilq.formats.export import dense, gguf, metal, mlx, vllm
+from rilq.formats.export import compressed_tensors, dense, gguf, gptq, metal, mlx, vllm
 from rilq.formats.export.kind import ExportKind
 
 KINDS: Mapping[str, ExportKind] = {
@@ -12,6 +12,8 @@ KINDS: Mapping[str, ExportKind] = {
     "mlx": mlx,
     "metal": metal,
     "vllm": vllm,
+    "gptq": gptq,
+    "compressed-tensors": compressed_tensors,
 }
 
 

@@ -64,7 +64,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     ("train", "changed"),
     [
         ("adapters", {"zero_point"}),
-        ("scales", {"weight_scale", "zero_point"}),  # these by the rounding of those
+        ("scales", {"weight_scale"}),
         ("adapters+scales", {"weight_scale", "zero_point"}),
         ("all", {"weight_scale", "zero_point"}),
         ("all+codes", {"weight", "weight_scale", "zero_point"}),

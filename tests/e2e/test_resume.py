@@ -157,6 +157,7 @@ def test_killed_at_every_commit_point_it_finishes_with_the_same_bytes(
         {"quantizer": "blockap", "train": "all+codes", "layer_steps": 20},
         {"quantizer": "hqq", "adapter": "lora", "rank": 4, "loss": "mse+ce"},
         {"quantizer": "gptq", "target": "pre-norm", "loss": "mse", "schedule": "constant"},
+        {"quantizer": "lsq", "zero_point": "integer", "keep_adapter": True},
     ],
     ids=lambda changes: f"{changes['quantizer']}-{changes.get('train', 'default')}",
 )
@@ -538,6 +539,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "adapter-init": (
         {"adapter_init": "eora", "quantizer": "gptq"},
         "--adapter-init: 'zero' there, 'eora' now",
+    ),
+    "keep adapter": (
+        {"keep_adapter": True, "zero_point": "integer"},
+        "--keep-adapter: False there, True now\n  --zero-point: 'real' there, 'integer' now",
     ),
     "recipe": ({"recipe": "fast"}, "--recipe: 'default' there, 'fast' now"),
     "layer steps": ({"layer_steps": 4}, "--layer-steps: 3 there, 4 now"),

@@ -25,6 +25,11 @@ TORCH = "torch==2.13.0"
 RUNTIMES = {
     "mlx": ENVIRONMENTS["mlx"],
     "humming": (TORCH, "numpy==2.4.6", "safetensors==0.8.0", "humming-kernels==0.1.19"),
+    "peft": (
+        TORCH,
+        *("transformers==5.23.0", "peft==0.21.2", "optimum==2.3.0"),
+        *("gptqmodel==7.6.0", "compressed-tensors==0.20.0"),
+    ),
 }
 
 MLX: dict[str, tuple[str, dict[str, Any], tuple[object, ...]]] = {
@@ -128,3 +133,51 @@ def test_humming_reads_the_configuration_and_asks_for_the_tensors_that_are_there
     said = run([python("humming"), SCRIPTS / "humming_schema.py", tmp_path / "vllm"], threads=1)
     assert "11 linears" in said.output
     print(said.output)
+
+
+KEEP = (
+    *("--zero-point", "integer", "--keep-adapter", "--rank", 16, "--lr", "1e-2"),
+    *("--steps", 20, "--val-every", 20, "--batch-size", 8),
+)
+INTEGER: dict[str, tuple[str, tuple[object, ...]]] = {
+    "llama": ("llama", ()),
+    "llama, 3 bits": ("llama", ("--bits", 3)),
+    "llama, 8 bits": ("llama", ("--bits", 8)),
+    "qwen2": ("qwen2", ()),
+    "qwen3, linears kept, embedding packed": (
+        "qwen3",
+        ("--skip", "v_proj", "--skip", "1.mlp.*", "--embed-bits", 8),
+    ),
+    "gemma2": ("gemma2", ()),
+    "gemma3": ("gemma3_text", ()),
+}
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_transformers_and_peft_compute_with_base_and_adapter_what_the_native_checkpoint_does(
+    kind: str,
+    native: Callable[..., Path],
+    export: Callable[..., Any],
+    python: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """All models in one process: gptqmodel takes long to import."""
+    outputs, expected = [], []
+    for number, (model_type, options) in enumerate(INTEGER.values()):
+        folder = native(model_type, {}, *KEEP, *options)
+        outputs.append(tmp_path / str(number))
+        assert export(folder, outputs[-1], kind).code == 0
+        expected.append(native_logits(folder))
+    np.save(tmp_path / "rows.npy", rows().numpy())
+    script = SCRIPTS / "peft_logits.py"
+    said = run([python("peft"), script, tmp_path / "rows.npy", *outputs], threads=1).output
+    print(said)
+    for case, out, wanted in zip(INTEGER, outputs, expected, strict=True):
+        apart, alone = (
+            np.abs(np.load(f"{out}{which}.npy") - wanted).max() for which in ("", ".base")
+        )
+        print(
+            f"{case}, {kind}: {apart:.2g} of a spread of {wanted.std():.2g}, "
+            f"the base alone {alone:.2g}"
+        )
+        assert apart < 0.02 * wanted.std()

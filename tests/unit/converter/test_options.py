@@ -15,6 +15,9 @@ from rilq.converter.options import (
 from rilq.errors import OptionError
 from rilq.formats.spec import QuantSpec
 
+KEEP: dict[str, Any] = {"keep_adapter": True, "zero_point": "integer"}
+KEPT_POOLED = KEEP | {"adapter": "pooled"}  # the paper's recipe has a plain LoRA
+
 
 def options(**given: Any) -> ConvertOptions:
     return ConvertOptions(model="some/model", **given)
@@ -70,9 +73,11 @@ def test_what_is_given_goes_before_the_recipe_and_what_is_none_does_not() -> Non
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
-    ("given", "trains"), [({"rank": 0}, "none"), ({"adapter": "lora"}, "adapters")]
+    ("given", "trains"),
+    [({"rank": 0}, "none"), ({"adapter": "lora"}, "adapters"), (KEPT_POOLED, "adapters+scales")],
+    ids=str,
 )
-def test_a_rank_of_zero_or_a_plain_lora_decide_what_any_recipe_trains(
+def test_a_rank_of_zero_a_plain_lora_or_a_kept_adapter_decide_what_any_recipe_trains(
     recipe: str, given: dict[str, Any], trains: str
 ) -> None:
     assert ConvertOptions.of_recipe(recipe, model="some/model", **given).trains == trains
@@ -183,6 +188,13 @@ def test_what_is_trained_is_as_given_or_what_adapter_and_rank_allow(
         ({"scales_learning_rate": -1.0}, "--scales-lr -1.0: expected a positive number"),
         ({"scales_learning_rate": float("nan")}, "--scales-lr nan: expected a positive number"),
         ({"recipe": "slow"}, "--recipe slow: expected one of fast, default, best, paper"),
+        ({"keep_adapter": True}, "--keep-adapter, --zero-point real: keeps the base"),
+        (KEEP | {"train": "all"}, "--keep-adapter, --train all: moves the minima"),
+        (KEEP | {"train": "all+codes"}, "use --train adapters+scales, or --train adapters"),
+        (KEEP | {"train": "scales"}, "--keep-adapter, --train scales: there is no adapter"),
+        (KEEP | {"train": "none"}, "--keep-adapter, --train none: there is no adapter"),
+        (KEEP | {"rank": 0}, "--keep-adapter, --rank 0: there is no adapter"),
+        (KEEP | {"adapter": "lora"}, "--keep-adapter, --adapter lora: a plain LoRA is never merg"),
     ],
     ids=str,
 )
@@ -200,6 +212,8 @@ def test_what_cannot_be_is_refused_with_the_way_out(given: dict[str, Any], messa
         {"loss": "mse+kl", "target": "logits"},
         {"quantizer": "gptq", "clip": "search"},
         {"quantizer": "signround", "clip": "none"},
+        KEEP,
+        KEEP | {"train": "adapters"},
     ],
     ids=str,
 )

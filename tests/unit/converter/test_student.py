@@ -251,6 +251,17 @@ def test_merging_stays_finite_and_positive() -> None:
         assert torch.isfinite(merged_zero).all()
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_an_integer_zero_point_stays_that_integer_where_only_scales_were_trained(bits: int) -> None:
+    zero = torch.arange(2**bits).half()[None]
+    draw = torch.Generator().manual_seed(bits)
+    scale = torch.rand(zero.shape, generator=draw).half()
+    log_scale = torch.randn(zero.shape, generator=draw)
+    new_scale, new_zero = merged_grid(scale, zero, {"log_scale": log_scale}, None)
+    assert torch.equal(new_zero, zero)
+    torch.testing.assert_close(new_scale.float(), scale * log_scale.exp(), rtol=1e-3, atol=1e-6)
+
+
 def test_a_plain_lora_is_refused_by_merging() -> None:
     one = torch.ones(1, 1)
     with pytest.raises(AssertionError, match="LoRA"):
