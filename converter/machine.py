@@ -166,7 +166,7 @@ class Volume:
 
 def volume_of(path: Path) -> Volume:
     """The volume that `path`, which need not exist yet, will be on."""
-    existing = path.absolute()
+    existing = path.resolve()
     while not existing.exists():
         existing = existing.parent
     return Volume(existing, os.stat(existing).st_dev, shutil.disk_usage(existing).free)
