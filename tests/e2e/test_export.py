@@ -237,7 +237,7 @@ def test_gemma_goes_to_vllm_in_bfloat16(native: Run, export: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--to", "onnx"), ("'onnx'", "dense, mlx, metal, vllm")),
+        (("--to", "onnx"), ("'onnx'", "dense, gguf, mlx")),
         (("--to", "dense", "--dtype", "fp8"), ("--dtype fp8", "bf16")),
         (("--to", "dense", "--text", "missing.txt"), ("missing.txt",)),
     ],
