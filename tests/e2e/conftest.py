@@ -66,6 +66,8 @@ def _child(function: Callable[[], None], folder: Path) -> NoReturn:
         os.chdir(folder)
         os.fsync = lambda fd: None
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # Ignored where the tests run in the background of a script.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(LONGEST)
         torch.set_num_threads(1)
         function()
