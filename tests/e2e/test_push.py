@@ -93,7 +93,7 @@ def test_what_convert_pushes_loads_with_the_commands_of_its_card(
     again = json.loads(convert_hub_model("--json").out)
     assert again["already_done"] and again["pushed"]["unchanged"] and len(hub.made) == 1
 
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
     shown = in_child(lambda: exec(snippet, {}))
     assert shown.code == 0, shown.err
     assert shown.out.startswith("Once upon a time")
