@@ -72,18 +72,20 @@ def code(kind: str, model: str, *, revision: str | None = None, adapter: bool = 
 
 def _python(kind: str, model: str, revision: str | None, adapter: bool) -> str:
     where = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
-    names, more = "AutoModelForCausalLM, AutoTokenizer", 'device_map="auto"'
+    names = "AutoModelForCausalLM, AutoTokenizer"
     lines = []
     if kind == NATIVE:
         lines.append("import rilq  # teaches transformers the format; without it, loading fails")
     if adapter:
         lines.append("from peft import PeftModel")
     if kind == "compressed-tensors":
-        names, more = f"{names}, CompressedTensorsConfig", f"quantization_config=dense, {more}"
+        names = f"{names}, CompressedTensorsConfig"
     lines += [f"from transformers import {names}", ""]
+    arguments = f'{where}, device_map="auto"'
     if kind == "compressed-tensors":
         lines.append("dense = CompressedTensorsConfig(dequantize=True)")
-    lines.append(f"model = AutoModelForCausalLM.from_pretrained({where}, {more})")
+        arguments = f"\n    {arguments}, quantization_config=dense\n"
+    lines.append(f"model = AutoModelForCausalLM.from_pretrained({arguments})")
     if adapter:
         beside = f'subfolder="{ADAPTER_FOLDER}"'
         lines.append(f"model = PeftModel.from_pretrained(model, {where}, {beside})")
