@@ -186,8 +186,8 @@ def _summary(facts: CardFacts) -> str:
         export, apart = manifest["export"], manifest["export"]["logit_difference"]
         return (
             f"{origin} with the linears of its decoder layers quantized to {recipe['bits']} bits "
-            f"in groups of {recipe['group_size']}, exported for {RUNTIMES[facts.kind].title} by "
-            f"rilq {export['rilq']} {made} {_megabytes(_weights(facts))}.\n\n"
+            f"in groups of {recipe['group_size']}, exported for {RUNTIMES[facts.kind].title}, "
+            f"{_megabytes(_weights(facts))}. Made by rilq {export['rilq']} {made}\n\n"
             f"Read back and run over {apart['tokens']} tokens of `{export['text']}`, its logits "
             f"differ from those of the checkpoint that was exported by at most "
             f"{apart['largest']:.2g}, and by {apart['mean']:.2g} on average; their standard "
@@ -250,8 +250,8 @@ def _use(facts: CardFacts) -> str:
     if not facts.exports:
         return text
     text += (
-        "\n\nOther runtimes load exports. `rilq export` compares the logits of each with this "
-        "checkpoint's."
+        "\n\nOther runtimes load exports of it, which `rilq export` makes from this repository and "
+        "compares with it."
     )
     for kind, options in facts.exports.items():
         needed = {"gguf": places, "gptq": integer, "compressed-tensors": integer}.get(kind, [])

@@ -66,8 +66,8 @@ def check_whole(folder: Path, report: Reporter) -> None:
     found = verify(folder)
     if found.damage:
         raise CheckpointError(
-            f"{folder}: is not what was written by the conversion: {'; '.join(found.damage[:5])}\n"
-            "  convert the model again; only what is whole is pushed"
+            f"{folder}: is not what rilq has written: {'; '.join(found.damage[:5])}\n"
+            "  convert, or export, the model again; only what is whole is pushed"
         )
     if others := list(found.unlisted):
         report.warn(f"{folder}: not pushed, since {MANIFEST_NAME} does not list it: {some(others)}")

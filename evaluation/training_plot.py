@@ -17,17 +17,14 @@ def training_plot(quality: Mapping[str, Any]) -> bytes | None:
     if len(history) < 2:
         return None
     try:
-        import matplotlib  # type: ignore[import-not-found,unused-ignore]
+        from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         return None
-    matplotlib.use("Agg")  # no display is needed, or asked for
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3), layout="constrained")
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*history, strict=True), marker="o", color="#b2182b")
     axes.axvline(quality["best_step"], color="black", linewidth=1, linestyle=":")
     axes.set(xlabel="updates", ylabel="validation loss")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=90, metadata={"Software": ""})
-    pyplot.close(figure)
     return image.getvalue()

@@ -85,6 +85,9 @@ def test_every_export_of_the_card_is_made_from_the_hub_and_loads_where_its_runti
         if kind in ("dense", "metal"):
             generates(in_child, said, tmp_path)
             assert (logits(out) - expected).abs().max() < 0.02 * expected.std()
+    words = ("push", out, "org/tiny-w2-out", "--text", calib, "--device", "cpu", "--force")
+    assert run_cli(*words, "--native", out).code == 2
+    assert run_cli(*words, "--native", folder).code == 0 and hub.files("org/tiny-w2-out")
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -266,7 +266,7 @@ def test_88_a_byte_changed_after_the_conversion_is_refused(
     content = bytearray((folder / name).read_bytes())
     content[-3] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"not what was written by the conversion: {name}"):
+    with pytest.raises(CheckpointError, match=f"not what rilq has written: {name}"):
         try_push()
     assert not hub.made and not hub.objects
 
