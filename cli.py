@@ -394,7 +394,8 @@ def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
 def convert(
     options: "ConvertOptions",
     push_to: Annotated[
-        str | None, _option(_PUSH, "Push the result to this owner/name when it is done.")
+        str | None,
+        _option(_PUSH, "Push the result to this owner/name when it is done; of exports, none."),
     ] = None,
     private: Private = False,
     eval_text: EvalText = "wikitext2",
@@ -707,7 +708,9 @@ def _change_folder(file: Path) -> None:
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint made by rilq: a folder, or owner/name on the Hub.")
+    ],
     to: Annotated[
         list[str],
         typer.Option(help="dense, gguf, gptq, mlx, metal, vllm or compressed-tensors; repeatable."),
@@ -727,6 +730,7 @@ def export(
         typer.Option(help="To compare logits on: a file, wikitext2, c4, or owner/name on the Hub."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Such as 5GB or 500MiB.")] = "5GB",
+    revision: Revision = None,
     device: Annotated[str, typer.Option(help="That compares: auto, cpu, cuda, ...")] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -745,9 +749,10 @@ def export(
         kinds = list(dict.fromkeys(to))
         several = len(kinds) > 1
         exported = write_exports(
-            folder,
+            model,
             {kind: output_dir / kind if several else output_dir for kind in kinds},
             ExportOptions(export_dtype(dtype), parse_size(max_shard_size), gguf_type),
+            revision=revision,
             text=text,
             device=device,
             report=report,
@@ -788,7 +793,7 @@ def verify(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq.")],
+    folder: Annotated[Path, typer.Argument(help="A checkpoint made by rilq, or an export of one.")],
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hub.")],
     revision: Annotated[
         str | None, _option(_PUSH, "Branch, made if it is not there. (default: main)")
@@ -805,6 +810,9 @@ def push(
     ] = None,
     base: Annotated[
         str | None, _option(_PUSH, "What it was converted from, if that is a local folder.")
+    ] = None,
+    native: Annotated[
+        Path | None, _option(_PUSH, "Of an export: what it was made from, whose perplexity counts.")
     ] = None,
     max_ppl_ratio: MaxPplRatio = 2.0,
     force: Annotated[
@@ -837,6 +845,7 @@ def push(
             text_key=text_key,
             seqlen=seqlen,
             base=base,
+            native=native,
             device=device,
             dtype=dtype,
         )

@@ -10,14 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard
 
 from rilq.errors import HubError, one_line
+from rilq.evaluation.loading import NATIVE, RUNTIMES, after_export, from_hub
 from rilq.evaluation.perplexity import Evaluation
-from rilq.formats.hub_push import LocalFile
+from rilq.formats.export.gguf import ADAPTER_FILE
+from rilq.formats.export.kind import ExportOptions
+from rilq.formats.hub_push import WEIGHTS, LocalFile
+from rilq.formats.integer_base import INTEGER_FOLDER
 from rilq.formats.lora import ADAPTER_FOLDER
-
-CARD = "README.md"
+from rilq.formats.verify import CARD, CARD_PLOT
 
 _BEGIN = "<!-- rilq:begin: what follows is written anew at each push, up to rilq:end -->"
 _END = "<!-- rilq:end -->"
@@ -50,7 +54,9 @@ class CardFacts:
         manifest: `rilq.json`.
         base: what the checkpoint was made from.
         files: all that is pushed but the card.
-        figures: what was measured; None if nothing was.
+        figures: what was measured, of an export on the checkpoint that it was made from; None if
+            nothing was.
+        exports: the kinds that it can be exported to, and how.
     """
 
     endpoint: str
@@ -60,6 +66,12 @@ class CardFacts:
     base: Base
     files: Mapping[str, LocalFile]
     figures: Evaluation | None
+    exports: Mapping[str, ExportOptions] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """ "native", or that of the export."""
+        return str(self.manifest.get("export", {}).get("kind", NATIVE))
 
 
 def card_metadata(card: str) -> dict[str, Any]:
@@ -114,19 +126,25 @@ def _fill(data: Any, facts: CardFacts, name: str) -> None:
             data[key] = facts.base.metadata.get(key)
     if data.language is None:
         data.language = facts.base.metadata.get("language")
-    data.library_name = data.library_name or "transformers"
+    runtime = RUNTIMES[facts.kind]
+    if data.library_name in (None, *(each.library for each in RUNTIMES.values())):
+        data.library_name = runtime.library
     data.pipeline_tag = data.pipeline_tag or "text-generation"
-    tags = ["rilq", f"{facts.manifest['recipe']['bits']}-bit"]
+    tags = ["rilq", *runtime.tags]
+    if facts.kind not in ("dense", "gguf"):  # which store more bits than the recipe's
+        tags.append(f"{facts.manifest['recipe']['bits']}-bit")
     data.tags = [*(data.tags or []), *(tag for tag in tags if tag not in (data.tags or []))]
     others = [r for r in data.eval_results or [] if not (r.metric_name or "").endswith(_OURS)]
-    results = [*others, *_results(facts.figures)]
+    results = [*others, *_results(facts)]
     data.eval_results = results or None
     data.model_name = (data.model_name or name) if results else None
 
 
-def _results(figures: Evaluation | None) -> list[EvalResult]:
+def _results(facts: CardFacts) -> list[EvalResult]:
+    figures = facts.figures
     if figures is None:
         return []
+    whose = "" if facts.kind == NATIVE else ", of the checkpoint that was exported"
     measured = {("perplexity", "Perplexity"): figures.perplexity}
     if figures.against is not None:
         measured |= {
@@ -143,7 +161,7 @@ def _results(figures: Evaluation | None) -> list[EvalResult]:
             dataset_name=figures.text,
             dataset_args={"context": figures.seqlen, "windows": figures.windows},
             metric_type=kind,
-            metric_name=shown + _OURS,
+            metric_name=shown + whose + _OURS,
             metric_value=float(f"{value:.6g}"),
         )
         for (kind, shown), value in measured.items()
@@ -163,13 +181,24 @@ def _summary(facts: CardFacts) -> str:
     origin = "A model that is not on the Hub,"
     if base.name is not None:
         origin = f"[{base.name}]({facts.endpoint}/{base.name}) (commit `{base.commit}`)"
+    made = "(RILQ, [arXiv:2412.01129](https://arxiv.org/abs/2412.01129))."
+    if facts.kind != NATIVE:
+        export, apart = manifest["export"], manifest["export"]["logit_difference"]
+        return (
+            f"{origin} with the linears of its decoder layers quantized to {recipe['bits']} bits "
+            f"in groups of {recipe['group_size']}, exported for {RUNTIMES[facts.kind].title}, "
+            f"{_megabytes(_weights(facts))}. Made by rilq {export['rilq']} {made}\n\n"
+            f"Read back and run over {apart['tokens']} tokens of `{export['text']}`, its logits "
+            f"differ from those of the checkpoint that was exported by at most "
+            f"{apart['largest']:.2g}, and by {apart['mean']:.2g} on average; their standard "
+            f"deviation is {apart['spread']:.3g}."
+        )
     return (
         f"{origin} in {recipe['bits']} bits: the linears of its decoder layers are quantized in "
         f"groups of {recipe['group_size']}, "
         f"{manifest['bits_per_weight']:.2f} bits per weight with scales and zero-points, "
         f"{manifest['bits_per_parameter']:.2f} per parameter of the whole file, "
-        f"{_megabytes(_weights(facts))}. Made by rilq {manifest['versions']['rilq']} "
-        "(RILQ, [arXiv:2412.01129](https://arxiv.org/abs/2412.01129))."
+        f"{_megabytes(_weights(facts))}. Made by rilq {manifest['versions']['rilq']} {made}"
     )
 
 
@@ -187,7 +216,7 @@ def _figures(facts: CardFacts) -> str:
         before = quality["validation_loss_before"]
         rows.append([f"{bits}-bit, before RILQ", "", "", _figure(before)])
     rows.append([
-        f"{bits}-bit, this model",
+        f"{bits}-bit, " + ("this model" if facts.kind == NATIVE else "before the export"),
         _figure(perplexities[1]),
         _figure(compared.kl_mean if compared else None),
         _figure(trained),
@@ -195,6 +224,8 @@ def _figures(facts: CardFacts) -> str:
     text = "## Figures\n\n" + _table(
         ["model", "perplexity", "KL from full precision", "validation loss of the training"], rows
     )
+    if CARD_PLOT in facts.files:
+        text += f"\n\n![validation loss of the training]({CARD_PLOT})"
     if figures is None:
         return text + "\n\nPerplexity was not measured."
     text += (
@@ -211,22 +242,33 @@ def _figures(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    branch = "" if facts.revision == "main" else f', revision="{facts.revision}"'
-    where = f'"{facts.repo_id}"{branch}'
-    lines = [
-        "import rilq  # teaches transformers the format; without it, loading fails",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained({where}, device_map="auto")',
-        f"tokenizer = AutoTokenizer.from_pretrained({where})",
-        'prompt = tokenizer("Once upon a time", return_tensors="pt").to(model.device)',
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
-    ]
-    if any(name.startswith(f"{ADAPTER_FOLDER}/") for name in facts.files):
-        lines.insert(2, "from peft import PeftModel")
-        lines.insert(5, f"model = PeftModel.from_pretrained(model, {where}, "
-                        f'subfolder="{ADAPTER_FOLDER}")')  # fmt: skip
-    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```"
+    branch = None if facts.revision == "main" else facts.revision
+    places = [f"{ADAPTER_FOLDER}/", ADAPTER_FILE]
+    integer = [f"{ADAPTER_FOLDER}/", f"{INTEGER_FOLDER}/{ADAPTER_FOLDER}/"]
+    direct = from_hub(facts.kind, facts.repo_id, revision=branch, adapter=_beside(facts, places))
+    text = f"## Use\n\nWith {RUNTIMES[facts.kind].needs} installed:\n\n{direct}"
+    if not facts.exports:
+        return text
+    text += (
+        "\n\nOther runtimes load exports of it, which `rilq export` makes from this repository and "
+        "compares with it."
+    )
+    for kind, options in facts.exports.items():
+        needed = {"gguf": places, "gptq": integer, "compressed-tensors": integer}.get(kind, [])
+        commands = after_export(
+            kind,
+            facts.repo_id,
+            revision=branch,
+            dtype=None if options.dtype == torch.float16 else "bf16",
+            adapter=_beside(facts, needed),
+        )
+        text += f"\n\n### {RUNTIMES[kind].title}\n\nNeeds {RUNTIMES[kind].needs}.\n\n{commands}"
+    return text
+
+
+def _beside(facts: CardFacts, places: Sequence[str]) -> bool:
+    """Whether an adapter lies in one of the places."""
+    return any(name.startswith(tuple(places)) for name in facts.files)
 
 
 def _recipe(facts: CardFacts) -> str:
@@ -259,7 +301,7 @@ def _checksums(facts: CardFacts) -> str:
 
 
 def _weights(facts: CardFacts) -> dict[str, LocalFile]:
-    return {n: file for n, file in facts.files.items() if n.endswith(".safetensors")}
+    return {n: file for n, file in facts.files.items() if n.endswith(WEIGHTS)}
 
 
 def _megabytes(files: Mapping[str, LocalFile]) -> str:

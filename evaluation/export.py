@@ -28,6 +28,7 @@ from rilq.evaluation.readback import ExportedCheckpoint, LogitDifference, ReadBa
 from rilq.formats.export.kind import ExportOptions
 from rilq.formats.export.kinds import kind_of
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
+from rilq.formats.hub_folder import local_folder
 from rilq.formats.verify import MANIFEST_NAME, read_manifest, write_manifest
 from rilq.formats.writer import check_output, open_staging, publish
 from rilq.progress import Reporter, SilentReporter
@@ -66,10 +67,11 @@ class Exported:
 
 
 def export(
-    folder: Path,
+    model: str | Path,
     outputs: Mapping[str, Path],
     options: ExportOptions = ExportOptions(),  # noqa: B008 - immutable
     *,
+    revision: str | None = None,
     text: str | None = None,
     device: str = "auto",
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
@@ -80,9 +82,10 @@ def export(
     head in float32. On disk are hidden states and logits of a short text.
 
     Args:
-        folder: the native checkpoint.
+        model: the native checkpoint, a folder or `owner/name` on the Hub.
         outputs: kind to the folder to make, absent or empty.
         options: of all of them.
+        revision: branch, tag or commit on the Hub.
         text: to compare logits on, as `rilq.calib.sources` takes it; None for a text of our own.
         device: where the comparison runs: "auto", "cpu", "cuda" or "cuda:1".
         report: receives progress.
@@ -92,6 +95,9 @@ def export(
         RilqError: an export is further from the native checkpoint than its kind's bound; nothing
             of it is left.
     """
+    for name in outputs:
+        kind_of(name)  # before anything is fetched
+    folder = local_folder(model, revision=revision, report=report)
     native = NativeCheckpoint.open(folder, report)
     load_config(native.checkpoint)  # refuses what could not be run for the comparison
     for name in outputs:

@@ -20,7 +20,7 @@ from huggingface_hub.utils.logging import set_verbosity
 from rilq import __version__
 from rilq.errors import CheckpointError, HubError, OptionError, printable
 from rilq.formats.hub_cache import RemoteFile, RepositoryCache, missing_weights
-from rilq.formats.hub_listing import check_weights, fetch_listing, some
+from rilq.formats.hub_listing import Listing, check_weights, fetch_listing, some
 from rilq.formats.hub_requests import (
     PATIENCE,
     Address,
@@ -187,7 +187,7 @@ class HubRepository:
         if not offline:  # that was asked for
             report.warn(str(why))
         report.note(f"{at.repo_id}: working from the cache, commit {folder.name}")
-        listing = known or cache.listing(folder)
+        listing = known or Listing(at.repo_id, folder.name, cache.listing(folder)).top_level()
         return cls(at, folder.name, listing, True, patience, report)
 
     @property

@@ -116,18 +116,18 @@ class RepositoryCache:
         path = self.folder / "snapshots" / commit / name
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{secrets.token_hex(8)}.tmp")
-        new.symlink_to(os.path.join("..", "..", "blobs", digest))
+        new.symlink_to(os.path.relpath(self.blob(digest), path.parent))
         os.replace(new, path)
         return path
 
     def listing(self, snapshot: Path) -> dict[str, RemoteFile]:
-        """The files at the top level of a snapshot; digests are the names of their blobs."""
+        """Path to size and digest of a snapshot's files; digests are the names of their blobs."""
         return {
-            path.name: RemoteFile.of(
+            path.relative_to(snapshot).as_posix(): RemoteFile.of(
                 path.stat().st_size,
                 os.path.basename(os.readlink(path)) if path.is_symlink() else None,
             )
-            for path in sorted(snapshot.iterdir())
+            for path in sorted(snapshot.rglob("*"))
             if path.is_file()
         }
 

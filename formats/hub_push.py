@@ -21,6 +21,8 @@ from rilq.formats.hub_listing import Listing, fetch_listing, some
 from rilq.formats.hub_requests import Address
 from rilq.formats.hub_target import Target
 
+WEIGHTS = (".safetensors", ".gguf")
+
 
 @dataclass(frozen=True)
 class LocalFile:
@@ -80,7 +82,7 @@ def push_files(target: Target, files: Mapping[str, LocalFile], *, title: str) ->
         return done
     missing = [n for n, file in files.items() if not file.is_at(target.head.files.get(n))]
     additions = {name: _addition(name, files[name]) for name in missing}
-    weights = [name for name in missing if name.endswith(".safetensors")]
+    weights = [name for name in missing if name.endswith(WEIGHTS)]
     target.report.stage("upload", len(weights), "file")
     for count, name in enumerate(weights, start=1):
         upload = partial(

@@ -26,7 +26,7 @@ from rilq.formats.hub_requests import PATIENCE, Address, Patience, safe_cause, w
 from rilq.formats.index import PICKLES
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.formats.source import CONFIG, read_json
-from rilq.formats.verify import MANIFEST_NAME
+from rilq.formats.verify import CARD_PLOT, MANIFEST_NAME
 from rilq.progress import Reporter
 
 Result = TypeVar("Result")
@@ -84,7 +84,7 @@ class Target:
         """
         listed = (self.manifest() or {}).get("files")
         ours = set(listed) if isinstance(listed, dict) else set()
-        patterns = set(_WEIGHTS) | set(SIDE_FILES) - set(LEGAL_FILES)
+        patterns = {*_WEIGHTS, CARD_PLOT} | set(SIDE_FILES) - set(LEGAL_FILES)
         return sorted(
             name
             for name in self.head.files
@@ -205,19 +205,20 @@ def _branch(
 
 
 def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """By what a checkpoint is another model than a second one: its base, its bits and its groups.
+    """By what a checkpoint is another model than a second one: base, bits, groups and format.
 
     Args:
         manifest: `rilq.json`, or its parts `source` and `recipe`.
     """
-    source, recipe = (
+    source, recipe, export = (
         value if isinstance(value := manifest.get(key), dict) else {}
-        for key in ("source", "recipe")
+        for key in ("source", "recipe", "export")
     )
     return {
         **{shown: source.get(key) for shown, key in _TOLD_APART.items()},
         "bits": recipe.get("bits"),
         "group size": recipe.get("group_size"),
+        "format": export.get("kind", "native"),
     }
 
 

@@ -17,6 +17,10 @@ from rilq.formats.durable import write_bytes
 from rilq.formats.shard import read_header
 
 MANIFEST_NAME = "rilq.json"
+CARD = "README.md"
+CARD_PLOT = "rilq-training.png"
+# What a push, or a user, adds to a folder; it is none of the conversion's output.
+_CARD_FILES = (CARD, CARD_PLOT)
 _CHUNK = 1 << 20
 
 
@@ -26,7 +30,7 @@ class VerifyReport:
 
     Attributes:
         damage: what is missing or has changed.
-        unlisted: names of files that `rilq.json` does not know.
+        unlisted: names of files that `rilq.json` does not know; a card is no such file.
     """
 
     files_checked: int
@@ -146,7 +150,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> VerifyReport:
-    """Compare every file and every tensor of a folder with `rilq.json`.
+    """Compare every file and every tensor of a folder with `rilq.json`; a card may lie beside them.
 
     Only files found in the folder are opened; names in `rilq.json` are compared, never followed.
 
@@ -157,7 +161,8 @@ def verify(folder: Path) -> VerifyReport:
     files, tensors = manifest["files"], dict(manifest["tensors"])
     present = _files(folder)
     problems = [f"{name}: missing" for name in files if name not in present]
-    unlisted = tuple(printable(name, 400) for name in present if name not in files)
+    others = (name for name in present if name not in files and name not in _CARD_FILES)
+    unlisted = tuple(printable(name, 400) for name in others)
     checked = 0
     for name in (name for name in present if name in files):
         expected = files[name]

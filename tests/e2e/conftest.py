@@ -21,12 +21,17 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from rilq import cli
 from rilq.converter import pipeline, workdir
 from rilq.converter.options import ConvertOptions
 from rilq.errors import RilqError
+from rilq.evaluation import export as _export  # noqa: F401 - once, and not in each child
+from rilq.evaluation import push as _push  # noqa: F401
 from rilq.progress import LogReporter
+
+CliRunner().invoke(cli.app, ["verify", "nowhere"])  # what typer imports with its first command
 
 LONGEST = 120  # seconds; a child that takes longer hangs
 BROKEN = 70  # exit code of a child that raised something unexpected

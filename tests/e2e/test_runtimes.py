@@ -17,6 +17,7 @@ from accuracy_run import python_of, run
 from transformers import AutoModelForCausalLM
 
 import rilq  # noqa: F401  (teaches transformers the native format)
+from rilq.evaluation.loading import code
 
 pytestmark = pytest.mark.slow_runtime
 
@@ -181,3 +182,26 @@ def test_transformers_and_peft_compute_with_base_and_adapter_what_the_native_che
             f"the base alone {alone:.2g}"
         )
         assert apart < 0.02 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment"), [("mlx", "mlx"), ("gptq", "peft"), ("compressed-tensors", "peft")]
+)
+def test_the_commands_of_model_cards_run(
+    kind: str,
+    environment: str,
+    native: Callable[..., Path],
+    export: Callable[..., Any],
+    python: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """As they stand, in the environment that they need."""
+    assert export(native("llama", {}, *KEEP), tmp_path / kind, kind).code == 0
+    said = code(kind, str(tmp_path / kind), adapter=kind != "mlx")
+    interpreter = python(environment)
+    if kind == "mlx":
+        said = f"PATH={interpreter.parent}:$PATH {said}"
+    words = ["sh", "-c"] if kind == "mlx" else [interpreter, "-c"]
+    output = run([*words, said], threads=1).output
+    print(output)
+    assert "Once upon a time" in output or "Generation" in output

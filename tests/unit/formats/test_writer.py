@@ -362,6 +362,19 @@ def test_hidden_files_of_git_and_the_hub_do_not_count(finished: Path) -> None:
     assert verify(finished).problems == ()
 
 
+def test_a_card_and_its_picture_may_lie_beside_what_was_written(finished: Path) -> None:
+    for name in ("README.md", "rilq-training.png"):
+        (finished / name).write_text("of the user, or of a push")
+    assert verify(finished).problems == ()
+
+
+def test_a_card_that_was_written_with_the_rest_is_checked(finished: Path) -> None:
+    (finished / "README.md").write_text("as it was")
+    write_manifest(finished, {"recipe": {"bits": 2}})
+    (finished / "README.md").write_text("changed")
+    assert "README.md: has 7 bytes, expected 9" in verify(finished).problems
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"[]", b"{", b'{"files": {}}', b"\xff", b"[" * 9999]
 )

@@ -13,16 +13,19 @@ import json
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
 from huggingface_hub import close_session, constants, hf_api
+from huggingface_hub.utils import _http
 from local_hub import LFS_SUFFIXES, Blob, Handler, LocalHub, Refusal, Repository, Request
 
 WRITER, OWNER = "hf_member", "org"
@@ -249,6 +252,8 @@ class UploadHub(LocalHub):
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[UploadHub]:
     """An empty Hub, which the client in this process takes for the only one, as its writer."""
+    # The client waits for a second and longer before it asks again.
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: time.sleep(0.01)))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
