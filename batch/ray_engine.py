@@ -27,6 +27,7 @@ from rilq.errors import Interrupted, OptionError, RilqError, one_line
 from rilq.progress import gigabytes
 
 LOSSES = 3  # nodes that a job may lose before it counts as failed
+REACH = 10  # seconds that a head may take to accept a connection
 # Seconds. A node that has lost sight of the cluster ends itself after 60 (Ray's default), and its
 # jobs with it; only then is a lock that it has left behind nobody's.
 GRACE = 90
@@ -107,10 +108,8 @@ def connect(state: BatchState) -> Iterator[RayEngine]:
             "  pip install 'rilq[ray]', with the cluster's version of ray"
         ) from err
     address = os.environ.get("RAY_ADDRESS", "")
-    if address == "local" or "://" in address:
-        raise OptionError(
-            f"RAY_ADDRESS={address}: expected HOST:PORT of a cluster that this machine is a node of"
-        )
+    if address not in ("", "auto"):
+        _check_reachable(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address="auto", logging_level="error", log_to_driver=False)
@@ -126,6 +125,26 @@ def connect(state: BatchState) -> Iterator[RayEngine]:
         yield RayEngine(ray, state)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ask for a connection; Ray itself would try for a quarter of an hour, or start a cluster.
+
+    Raises:
+        OptionError: nobody answers, or it is no address.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        raise OptionError(
+            f"RAY_ADDRESS={address}: expected HOST:PORT of a cluster that this machine is a node of"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH).close()
+    except (OSError, OverflowError) as err:
+        raise OptionError(
+            f"RAY_ADDRESS={address}: no Ray cluster can be reached there: {one_line(err)}\n"
+            "  start it, or set RAY_ADDRESS to the HOST:PORT that `ray start --head` has shown"
+        ) from err
 
 
 class RayEngine:

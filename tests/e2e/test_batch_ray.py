@@ -205,10 +205,6 @@ def test_jobs_go_where_gpu_and_disk_are_and_one_that_fits_nowhere_starts_none(
         assert code == 0, err
         assert "a: running on " in err and " GPU 0" in err
 
-        write({"name": "a"}, {"name": "b", "device": "cuda:0"}, device="auto")
-        refused = run(*command, "--only", "b", RAY_ADDRESS=address)
-        assert refused[0] == 2
-
         write({"name": "c"}, device="auto")
         code, _, err = run(*command, RAY_ADDRESS=address, OMP_NUM_THREADS="64")
         assert code == 2 and "c: needs 64 CPU, " in err and "1 GPU" in err
@@ -217,10 +213,10 @@ def test_jobs_go_where_gpu_and_disk_are_and_one_that_fits_nowhere_starts_none(
 
 @pytest.mark.slow_runtime
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "local", "ray://127.0.0.1:10001"])
-def test_without_a_cluster_it_is_one_line_with_the_remedy_and_none_is_started(
+def test_where_no_cluster_is_none_is_started_and_the_address_is_named(
     python: Path, write: Callable[..., Path], address: str
 ) -> None:
     command = (python, "-m", "rilq", "batch", write({"name": "a"}), "--engine", "ray")
     code, _, err = run(*command, RAY_ADDRESS=address)
     assert code == 2 and "Traceback" not in err
-    assert "RAY_ADDRESS" in err
+    assert f"RAY_ADDRESS={address}: " in err
