@@ -630,7 +630,13 @@ def _ranks(text: str) -> tuple[int, ...]:
 @app.command()
 def batch(
     file: Annotated[Path, typer.Argument(help="YAML file of jobs; see docs/batch.md.")],
-    max_parallel: Annotated[int, typer.Option(help="Jobs at once; one to a GPU.", min=1)] = 1,
+    max_parallel: Annotated[
+        int | None,
+        typer.Option(help="Jobs at once; one to a GPU. (default: 1; with Ray, all)", min=1),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: the Ray cluster that this machine is a node of.")
+    ] = "local",
     only: Annotated[
         list[str] | None, typer.Option(help="Jobs that fit this shell pattern; repeatable.")
     ] = None,
@@ -656,17 +662,23 @@ def batch(
         status_table,
     )
     from rilq.batch.jobs import read_jobs, select
-    from rilq.batch.outlook import check_fits_together, look_ahead, merge
+    from rilq.batch.local_engine import LocalEngine
+    from rilq.batch.outlook import check_disks, look_ahead, merge
+    from rilq.batch.ray_engine import connect
     from rilq.batch.run import run_batch
     from rilq.batch.state import look_at_state, open_state, state_folder
 
     place = (state_dir or state_folder(file)).absolute()
     with _user_errors(), _stoppable(f"state is in {place}"), ExitStack() as stack:
+        if engine not in ("local", "ray"):
+            raise OptionError(f"--engine {engine}: expected local or ray")
         _change_folder(file)
         jobs = select(read_jobs(Path(file.name), _convert_command()), only or ())
         state = look_at_state(place) if dry_run else stack.enter_context(open_state(place))
         if retry_failed:
             jobs = [job for job in jobs if state.failed(job)]
+        on_ray = engine == "ray"
+        cluster = stack.enter_context(connect(state)) if on_ray else LocalEngine(state.lock)
         with _reporting(quiet, None, place) as report:
             outlooks = look_ahead(jobs, report)
             todo = {
@@ -674,18 +686,20 @@ def batch(
                 for job in jobs
                 if outlooks[job.name].progress != "done" or not state.succeeded(job)
             }
-            merged = merge(todo, max_parallel)
+            parallel = max_parallel or (max(1, len(todo)) if on_ray else 1)
+            merged = merge(todo, parallel, together=1 if on_ray else None)
             for line in () if dry_run else plan_lines(merged):
                 report.note(line)
         if dry_run:
             print(json.dumps(merged.as_dict()) if as_json else "\n".join(plan_lines(merged)))
-        check_fits_together(merged)
+        check_disks(merged)
+        cluster.check([job for job in jobs if job.name in todo], merged)
         if dry_run:
             return
         show = LinesDisplay(sys.stderr, quiet=quiet).show
         if sys.stderr.isatty() and not quiet:
             show = stack.enter_context(LiveDisplay(Console(stderr=True))).show
-        ended = run_batch(jobs, todo, state, parallel=max_parallel, show=show)
+        ended = run_batch(jobs, todo, state, cluster, parallel=parallel, show=show)
     if as_json:
         print(json.dumps({"jobs": [status_dict(status) for status in ended]}))
     else:

@@ -22,8 +22,8 @@ STYLES = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yello
 def status_table(statuses: Sequence[Status]) -> Table:
     """One row for each job."""
     table = Table(box=SIMPLE_HEAD)
-    devices = any(status.device for status in statuses)
-    for heading in ("job", "state", "time", *(["GPU"] if devices else []), ""):
+    places = any(status.place for status in statuses)
+    for heading in ("job", "state", "time", *(["on"] if places else []), ""):
         table.add_column(heading, justify="right" if heading == "time" else "left")
     for status in statuses:
         ran = duration(status.seconds) if status.seconds else ""
@@ -36,7 +36,7 @@ def status_table(statuses: Sequence[Status]) -> Table:
             Text(status.job.name),
             Text(status.state, STYLES.get(status.state, "")),
             ran,
-            *([status.device] if devices else []),
+            *([Text(status.place)] if places else []),
             Text(detail),
         )
     return table
@@ -68,7 +68,7 @@ def plan_lines(plan: BatchPlan) -> list[str]:
         )
     lines.append(
         f"host memory: at most {gigabytes(plan.host_bytes)} of {gigabytes(plan.host_free)} free, "
-        f"{plan.parallel} at once"
+        f"{plan.together} at once on one machine"
     )
     return [*lines, f"time: about {duration(plan.seconds)}, {len(plan.jobs)} to do"]
 
@@ -115,7 +115,9 @@ class LinesDisplay:
 def _line(status: Status) -> str:
     words = f"{status.job.name}: {status.state}"
     if status.state == "running":
-        return words + (f" on GPU {status.device}" if status.device else "")
+        return words + (f" on {status.place}" if status.place else "")
+    if status.state == "waiting":  # again: it has lost its place
+        return f"{words}, {status.detail}"
     if status.state == "skipped":
         return words + ", done before"
     words += f" after {duration(status.seconds)}"

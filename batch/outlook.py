@@ -84,15 +84,15 @@ class BatchPlan:
 
     Attributes:
         jobs: name to what is known of it.
-        parallel: jobs that run at once.
+        together: jobs that run at once on one machine.
         volumes: upper bounds: outputs and downloads of all jobs, and the largest work folders of
             as many as run at once.
-        host_bytes, host_free: of as many jobs as run at once; upper bound.
+        host_bytes, host_free: of as many jobs as run at once on this machine; upper bound.
         seconds: estimate; jobs on a CPU share it, so they count one after the other.
     """
 
     jobs: dict[str, Outlook]
-    parallel: int
+    together: int
     volumes: tuple[Volume, ...]
     host_bytes: int
     host_free: int
@@ -135,8 +135,13 @@ def look_ahead(jobs: Sequence[BatchJob], report: Reporter) -> dict[str, Outlook]
     return found
 
 
-def merge(outlooks: dict[str, Outlook], parallel: int) -> BatchPlan:
-    """One plan of several jobs, at most `parallel` of which run at once."""
+def merge(outlooks: dict[str, Outlook], parallel: int, together: int | None = None) -> BatchPlan:
+    """One plan of several jobs, at most `parallel` of which run at once.
+
+    Args:
+        together: those of them on one machine; all, if it is None.
+    """
+    together = parallel if together is None else together
     jobs = list(outlooks.values())
     needs = [need for job in jobs for need in job.needs]
     devices = dict.fromkeys(need.device for need in needs)
@@ -146,19 +151,19 @@ def merge(outlooks: dict[str, Outlook], parallel: int) -> BatchPlan:
         slots[slots.index(min(slots))] += seconds
     return BatchPlan(
         jobs=outlooks,
-        parallel=parallel,
+        together=together,
         volumes=tuple(_volume([n for n in needs if n.device == d], parallel) for d in devices),
-        host_bytes=_largest((job.host_bytes for job in jobs), parallel),
+        host_bytes=_largest((job.host_bytes for job in jobs), together),
         host_free=min((job.host_free for job in jobs), default=0),
         seconds=max(slots) + sum(job.seconds for job in jobs if job.device == "cpu"),
     )
 
 
-def check_fits_together(plan: BatchPlan) -> None:
-    """Refuse what cannot fit, before the first job.
+def check_disks(plan: BatchPlan) -> None:
+    """Refuse what cannot fit on a volume, before the first job.
 
     Raises:
-        OutputError: a volume, naming it; OptionError: memory of jobs that run at once.
+        OutputError: names the volume.
     """
     for volume in plan.volumes:
         if volume.needed > volume.free:
@@ -168,9 +173,17 @@ def check_fits_together(plan: BatchPlan) -> None:
                 "  make room, run some with --only, or put output-dir, work-dir or HF_HOME on "
                 "another volume"
             )
+
+
+def check_memory(plan: BatchPlan) -> None:
+    """Refuse jobs that cannot be in the memory of this machine together.
+
+    Raises:
+        OptionError: what they need, and what there is.
+    """
     if plan.host_bytes > plan.host_free:
         raise OptionError(
-            f"--max-parallel {plan.parallel}: {gigabytes(plan.host_bytes)} of host memory needed, "
+            f"--max-parallel {plan.together}: {gigabytes(plan.host_bytes)} of host memory needed, "
             f"{gigabytes(plan.host_free)} free\n  lower it"
         )
 

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
@@ -73,6 +73,27 @@ def hold_lock(path: Path, option: str) -> Iterator[int]:
         yield handle
 
 
+def free_lock(path: Path, gone: Collection[str] = ()) -> bool:
+    """Whether a run could have the lock of a folder now.
+
+    Args:
+        gone: hosts that are known to be no more; a holder on one of them is forgotten.
+    """
+    try:
+        handle = os.open(path / "rilq.lock", os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:  # there is none, or the run itself will say what is wrong with it
+        return True
+    with os.fdopen(handle, "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        host = _host(_holder(file))
+        if host in gone:
+            file.truncate(0)
+        return host in ("", socket.gethostname(), *gone)
+
+
 def _take_lock(file: FileIO, lock: Path, option: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +104,7 @@ def _take_lock(file: FileIO, lock: Path, option: str) -> None:
         ) from None
     holder, host = _holder(file), socket.gethostname()
     # Some network file systems grant every flock, so a holder elsewhere may still be alive.
-    if holder and f" on host {host} " not in holder:
+    if _host(holder) not in ("", host):
         raise WorkDirError(
             f"{lock.parent}: last held by {holder}\n"
             f"  if that run is over, delete {lock} and run again"
@@ -98,6 +119,10 @@ def _holder(file: FileIO) -> str:
     """Who wrote the lock file; nothing if that is not what `_take_lock` writes."""
     text = file.read(200).decode(errors="replace").strip()
     return text if re.fullmatch(r"pid \d+ on host \S+ since [\d: -]+", text) else ""
+
+
+def _host(holder: str) -> str:
+    return holder.split()[4] if holder else ""
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:

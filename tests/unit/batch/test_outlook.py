@@ -2,7 +2,7 @@
 
 import pytest
 
-from rilq.batch.outlook import Need, Outlook, check_fits_together, merge
+from rilq.batch.outlook import Need, Outlook, check_disks, check_memory, merge
 from rilq.errors import OptionError, OutputError
 
 
@@ -34,14 +34,14 @@ def test_each_volume_is_counted_and_the_full_one_is_named() -> None:
     merged = merge(jobs, 1)
     assert [(v.folder, v.needed) for v in merged.volumes] == [("/volume1", 120), ("/volume2", 40)]
     with pytest.raises(OutputError, match="/volume1: 120 B needed for 2 jobs, 100 B free"):
-        check_fits_together(merged)
+        check_disks(merged)
 
 
 def test_memory_of_jobs_that_run_at_once_must_fit_together() -> None:
     jobs = {name: outlook(host_bytes=4) for name in "abc"}
-    check_fits_together(merge(jobs, 2))
+    check_memory(merge(jobs, 2))
     with pytest.raises(OptionError, match="--max-parallel 3: 12 B of host memory needed"):
-        check_fits_together(merge(jobs, 3))
+        check_memory(merge(jobs, 3))
 
 
 def test_jobs_on_gpus_run_side_by_side_and_those_on_a_cpu_share_it() -> None:
@@ -55,5 +55,6 @@ def test_jobs_on_gpus_run_side_by_side_and_those_on_a_cpu_share_it() -> None:
 
 def test_nothing_to_do_needs_nothing() -> None:
     nothing = merge({}, 2)
-    check_fits_together(nothing)
+    check_disks(nothing)
+    check_memory(nothing)
     assert nothing.seconds == 0 and nothing.volumes == ()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rilq.converter.journal import free_lock
 from rilq.converter.workdir import Record, Resume, WorkDir, open_workdir, peek
 from rilq.errors import WorkDirError
 from rilq.formats.verify import file_hash
@@ -316,6 +317,20 @@ def test_a_holder_on_another_host_is_refused_with_what_to_delete(path: Path) -> 
         pass
     assert f"delete {path / 'rilq.lock'} and run again" in str(caught.value)
     (path / "rilq.lock").unlink()
+    with opened(path) as work:
+        assert len(work.records) == 3
+
+
+def test_a_lock_is_free_once_nobody_holds_it_or_its_host_is_gone(path: Path) -> None:
+    lock = path / "rilq.lock"
+    assert free_lock(path) and free_lock(path.parent)
+    with opened(path):
+        assert not free_lock(path)
+        assert not free_lock(path, [socket.gethostname()])  # the kernel knows better
+    left = "pid 7 on host elsewhere since 2026-01-01 00:00:00\n"
+    lock.write_text(left)
+    assert not free_lock(path) and not free_lock(path, ["another"]) and lock.read_text() == left
+    assert free_lock(path, ["elsewhere"])
     with opened(path) as work:
         assert len(work.records) == 3
 

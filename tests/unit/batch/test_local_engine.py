@@ -2,7 +2,7 @@
 
 import pytest
 
-from rilq.batch.run import device_for, visible_devices
+from rilq.batch.local_engine import device_for, visible_devices
 
 
 @pytest.mark.parametrize(
