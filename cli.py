@@ -4,31 +4,29 @@ import functools
 import inspect
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 import rilq
-from rilq.errors import InputError, Interrupted, OptionError, RilqError
-from rilq.progress import LogReporter, Reporter, Reporters, RichReporter, duration, gigabytes
+from rilq.cli_session import reporting, stoppable, user_errors
+from rilq.cli_tables import (
+    analysis_table,
+    evaluation_table,
+    plan_table,
+    show_plan,
+    show_push,
+)
+from rilq.errors import InputError, Interrupted, OptionError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from rilq.batch.jobs import ConvertCommand
-    from rilq.converter.analysis import Analysis
     from rilq.converter.options import ConvertOptions
-    from rilq.converter.plan import Plan
-    from rilq.evaluation.perplexity import Evaluation
-    from rilq.evaluation.push import PushResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -375,7 +373,7 @@ def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
         kept = {p.name: given.pop(p.name) for p in own}
-        with _user_errors():
+        with user_errors():
             command(_convert_options(**given), **kept)
 
     wrapper.__signature__ = shared.replace(  # type: ignore[attr-defined]
@@ -412,8 +410,8 @@ def convert(
     if private and push_to is None:
         raise OptionError("--private: has no meaning without --push-to OWNER/NAME")
     with (
-        _stoppable(f"state is in {options.work}"),
-        _reporting(quiet, log_file, options.work) as report,
+        stoppable(f"state is in {options.work}"),
+        reporting(quiet, log_file, options.work) as report,
     ):
         from rilq.converter import pipeline
 
@@ -439,7 +437,7 @@ def convert(
                 dtype=options.dtype,
             )
             open_planned(job, pushing, report)
-        _show_plan(job.plan, report)
+        show_plan(job.plan, report)
         result = pipeline.convert(job, report)
         report.note(
             f"{result.output}: already converted by this command"
@@ -453,7 +451,7 @@ def convert(
             )
         if push_to is not None:
             pushed = push_folder(result.output, pushing, report)
-            _show_push(pushed, report)
+            show_push(pushed, report)
     if as_json:
         print(json.dumps({
             "output": str(result.output),
@@ -475,12 +473,12 @@ def plan(
     log_file: LogFile = None,
 ) -> None:
     """Show what `convert` would do and need; touches nothing."""
-    with _stoppable("nothing was touched"), _reporting(quiet, log_file) as report:
+    with stoppable("nothing was touched"), reporting(quiet, log_file) as report:
         planned = rilq.plan(options, report=report)
     if as_json:
         print(json.dumps(planned.as_dict(), default=str))
     else:
-        Console(highlight=False).print(_plan_table(planned))
+        Console(highlight=False).print(plan_table(planned))
     rilq.check_fits(planned)
 
 
@@ -506,9 +504,9 @@ def evaluate(
 ) -> None:
     """Perplexity of any checkpoint, dense or ours, streamed layer by layer."""
     with (
-        _user_errors(),
-        _stoppable("nothing was kept"),
-        _reporting(quiet, log_file) as report,
+        user_errors(),
+        stoppable("nothing was kept"),
+        reporting(quiet, log_file) as report,
     ):
         result = rilq.evaluate(
             model,
@@ -524,7 +522,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result.as_dict()))
     else:
-        Console(highlight=False).print(_evaluation_table(model, result))
+        Console(highlight=False).print(evaluation_table(model, result))
 
 
 @app.command()
@@ -575,7 +573,7 @@ def analyze(
     log_file: LogFile = None,
 ) -> None:
     """Fit adapters at four scopes and several ranks, and compare: the figure of RILQ's paper."""
-    with _user_errors():
+    with user_errors():
         from rilq.converter.analysis import AnalyzeOptions
 
         options = AnalyzeOptions(
@@ -604,15 +602,15 @@ def analyze(
             output_dir=output_dir,
         )
         with (
-            _stoppable("nothing was kept"),
-            _reporting(quiet, log_file, options.output) as report,
+            stoppable("nothing was kept"),
+            reporting(quiet, log_file, options.output) as report,
         ):
             found = rilq.analyze(options, report)
             report.note(f"{options.output}: done")
     if as_json:
         print(json.dumps(found.as_dict()))
     else:
-        Console(highlight=False).print(_analysis_table(found))
+        Console(highlight=False).print(analysis_table(found))
 
 
 def _beside(output: Path, kind: str) -> Path:
@@ -669,7 +667,7 @@ def batch(
     from rilq.batch.state import look_at_state, open_state, state_folder
 
     place = (state_dir or state_folder(file)).absolute()
-    with _user_errors(), _stoppable(f"state is in {place}"), ExitStack() as stack:
+    with user_errors(), stoppable(f"state is in {place}"), ExitStack() as stack:
         if engine not in ("local", "ray"):
             raise OptionError(f"--engine {engine}: expected local or ray")
         _change_folder(file)
@@ -679,7 +677,7 @@ def batch(
             jobs = [job for job in jobs if state.failed(job)]
         on_ray = engine == "ray"
         cluster = stack.enter_context(connect(state)) if on_ray else LocalEngine(state.lock)
-        with _reporting(quiet, None, place) as report:
+        with reporting(quiet, None, place) as report:
             outlooks = look_ahead(jobs, report)
             todo = {
                 job.name: outlooks[job.name]
@@ -752,9 +750,9 @@ def export(
 ) -> None:
     """Write a converted checkpoint for another runtime, read back and compared; docs/exports.md."""
     with (
-        _user_errors(),
-        _stoppable("nothing unfinished was kept"),
-        _reporting(quiet, log_file, output_dir) as report,
+        user_errors(),
+        stoppable("nothing unfinished was kept"),
+        reporting(quiet, log_file, output_dir) as report,
     ):
         from rilq.evaluation.export import export as write_exports
         from rilq.formats.export.kind import ExportOptions, export_dtype
@@ -788,7 +786,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check every hash in rilq.json."""
-    with _user_errors():
+    with user_errors():
         found = rilq.verify(folder)
     if as_json:
         print(json.dumps({
@@ -840,9 +838,9 @@ def push(
 ) -> None:
     """Check a checkpoint, measure it, and push it with a model card in one commit."""
     with (
-        _user_errors(),
-        _stoppable("what was uploaded is not sent again"),
-        _reporting(quiet, log_file, folder) as report,
+        user_errors(),
+        stoppable("what was uploaded is not sent again"),
+        reporting(quiet, log_file, folder) as report,
     ):
         from rilq.evaluation.push import PushOptions
         from rilq.evaluation.push import push as push_folder
@@ -864,7 +862,7 @@ def push(
             dtype=dtype,
         )
         pushed = push_folder(folder, options, report)
-        _show_push(pushed, report)
+        show_push(pushed, report)
     if as_json:
         print(json.dumps(pushed.as_dict()))
 
@@ -881,172 +879,6 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None: ...
-
-
-# -- rendering -------------------------------------------------------------------------------------
-
-
-def _show_plan(plan: "Plan", report: Reporter) -> None:
-    report.note(f"{plan.model}: {plan.architecture}, {plan.layers} layers")
-    for name, value in _plan_rows(plan):
-        report.note(f"  {name:<18} {value}")
-    if not plan.quantized:
-        report.warn("nothing is quantized: every linear is kept")
-
-
-def _show_push(result: "PushResult", report: Reporter) -> None:
-    pushed = result.pushed
-    state = "was there already" if pushed.unchanged else "pushed"
-    report.note(f"{pushed.url}: {state}, commit {pushed.commit}")
-
-
-def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
-    choices = plan.choices
-    specs = sorted({(p.spec.bits, p.spec.group_size) for p in plan.quantized if p.spec})
-    shown = ", ".join(f"{bits} bits, groups of {size}" for bits, size in specs)
-    if plan.avg_bits is not None:
-        shown += f"; more where it gains most, {plan.avg_bits:g} bits on average at most"
-    memory = f"{gigabytes(plan.host_bytes)} host"
-    if plan.device_bytes is not None:
-        memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
-    rows = [
-        ("quantized", f"{len(plan.quantized)} linears: {shown}"),
-        ("embedding", _outer_bits(plan, plan.embed_bits)),
-        ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
-        ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
-        *(("", f"{name}: {why}") for name, why in plan.kept[:5]),
-        ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens, "
-                        f"{plan.validation_rows} for validation"),
-        ("compute", f"{choices.dtype} on {choices.device}, student {choices.student}, "
-                    f"micro-batch {choices.micro_batch}"),
-        ("learning rate", f"{choices.learning_rate:.3g} of adapters, "
-                          f"{choices.scales_learning_rate:.3g} of scales"),
-        ("reads", gigabytes(plan.read_bytes)),
-        ("peak memory", memory + ", at most, above the interpreter's own"),
-        *(("disk", f"{gigabytes(d.needed)} of {gigabytes(d.free)} free on {d.volume} "
-                   f"({d.holds})") for d in plan.disks),
-        ("output", f"{gigabytes(plan.output_bytes)}: {plan.bits_per_weight:.2f} bits per "
-                   f"quantized weight, {plan.bits_per_parameter:.2f} per parameter"),
-        ("time", f"about {duration(plan.seconds)}: {plan.time_basis}"),
-    ]  # fmt: skip
-    return rows + [("note", note) for note in plan.notes]
-
-
-def _outer_bits(plan: "Plan", bits: int) -> str:
-    sizes = {p.spec.group_size for p in plan.outer if p.spec and p.spec.bits == bits}
-    return "".join(f"{bits} bits, groups of {size}" for size in sizes) or "as in the source"
-
-
-def _plan_table(plan: "Plan") -> Table:
-    table = Table(
-        title=f"{plan.model}: {plan.architecture}, {plan.layers} layers, "
-        f"{plan.parameters:,} parameters",
-        show_header=False,
-        title_justify="left",
-    )
-    for name, value in _plan_rows(plan):
-        table.add_row(name, value)
-    return table
-
-
-def _evaluation_table(model: str, result: "Evaluation") -> Table:
-    table = Table(title=model, show_header=False, title_justify="left")
-    for name, value in result.as_dict().items():
-        if isinstance(value, dict):
-            for inner, figure in value.items():
-                table.add_row(f"{name} {inner}".replace("_", " "), _figure(figure))
-        elif value is not None:
-            table.add_row(name.replace("_", " "), _figure(value))
-    return table
-
-
-def _analysis_table(found: "Analysis") -> Table:
-    from rilq.converter.analysis import HEADINGS, table_rows
-
-    table = Table(title=found.model, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("scope, what is fixed")
-    for heading in HEADINGS[2:]:
-        table.add_column(heading, justify="right")
-    for scope, fixed, *figures in table_rows(found):
-        table.add_row(f"{scope}, {fixed}" if fixed else scope, *figures)
-    return table
-
-
-def _figure(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-# -- running ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn errors raised on purpose into one message and an exit code, without a traceback."""
-    try:
-        yield
-    except RilqError as err:
-        print(f"rilq: {err}", file=sys.stderr)
-        raise typer.Exit(err.exit_code) from None
-    except Interrupted as err:
-        print(f"rilq: {err}", file=sys.stderr)
-        raise typer.Exit(Interrupted.exit_code) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def _stoppable(where: str) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise `Interrupted` once; a second one ends the process.
-
-    One that is ignored, as SIGHUP is under nohup, stays ignored. A library that answers a stop in
-    its native code with an error of its own (safetensors does) is not believed.
-    """
-    stopped: Interrupted | None = None
-
-    def stop(number: int, _frame: "FrameType | None") -> None:
-        nonlocal stopped
-        for each in signals:
-            signal.signal(each, signal.SIG_DFL)
-        name = signal.Signals(number).name
-        stopped = Interrupted(f"stopped by {name}; {where}: run the same command again to continue")
-        raise stopped
-
-    wanted = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    signals = [each for each in wanted if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {each: signal.signal(each, stop) for each in signals}
-    try:
-        yield
-    except Exception as err:
-        if stopped:
-            raise stopped from err
-        raise
-    finally:
-        for each, handler in before.items():
-            if signal.getsignal(each) is stop:  # no signal came; else a second one still ends it
-                signal.signal(each, handler)
-
-
-@contextmanager
-def _reporting(quiet: bool, log_file: Path | None, folder: Path = Path()) -> Iterator[Reporter]:
-    """The reporter for where standard error goes, and one more for a log file.
-
-    Free disk space is shown for the volume of `folder`.
-    """
-    with ExitStack() as stack:
-        reporters: list[Reporter] = []
-        if sys.stderr.isatty() and not quiet:
-            console = Console(stderr=True)
-            reporters.append(stack.enter_context(RichReporter(console, folder)))
-        else:
-            reporters.append(LogReporter(sys.stderr, folder=folder, quiet=quiet))
-        if log_file is not None:
-            try:
-                stream = stack.enter_context(log_file.open("a", encoding="utf-8"))
-            except OSError as err:
-                raise InputError(f"--log-file {log_file}: {err.strerror or err}") from err
-            reporters.append(LogReporter(stream, folder=folder))
-        yield Reporters(*reporters)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import xxhash
 
-from rilq import cli
+from rilq.cli_session import stoppable
 from rilq.converter import pipeline, workdir
 from rilq.converter.options import ConvertOptions
 from rilq.errors import Interrupted
@@ -300,7 +300,7 @@ def test_a_second_signal_ends_the_process_at_once(name: str, in_child: Any) -> N
     number = getattr(signal, name)
 
     def body() -> None:
-        with cli._stoppable("nothing was kept"):
+        with stoppable("nothing was kept"):
             with suppress(Interrupted):
                 os.kill(os.getpid(), number)
                 time.sleep(10)
@@ -312,7 +312,7 @@ def test_a_second_signal_ends_the_process_at_once(name: str, in_child: Any) -> N
 
 def test_a_stop_that_a_library_turns_into_an_error_is_still_a_stop(in_child: Any) -> None:
     def body() -> None:
-        with pytest.raises(Interrupted, match="SIGTERM"), cli._stoppable("nothing was kept"):
+        with pytest.raises(Interrupted, match="SIGTERM"), stoppable("nothing was kept"):
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(10)
@@ -325,7 +325,7 @@ def test_a_stop_that_a_library_turns_into_an_error_is_still_a_stop(in_child: Any
 def test_a_hangup_that_nohup_ignores_stays_ignored(in_child: Any) -> None:
     def body() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with cli._stoppable("nothing was kept"):
+        with stoppable("nothing was kept"):
             os.kill(os.getpid(), signal.SIGHUP)
 
     assert in_child(body).code == 0
