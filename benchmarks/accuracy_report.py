@@ -16,7 +16,7 @@ Written by `python benchmarks/accuracy.py --model DIR`, which states how it meas
 calibrated on the same rows with the same number of threads; every perplexity is `rilq eval`'s.
 "Bits per weight" is what the tool stores for the quantized linears: codes, scales, zero-points, and
 an adapter if it stays beside them. Wall time is the whole command; on a machine shared with other
-work, CPU time is the better measure. These are models of about a million parameters: the order of
+work, CPU time is the better measure. These are models of 0.2 to 10 million parameters: the order of
 the methods may differ on large ones.
 """
 
