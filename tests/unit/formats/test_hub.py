@@ -128,7 +128,10 @@ def test_an_existing_folder_wins_over_a_hub_name(
 @pytest.mark.parametrize(
     "text", ["/no/such", "./model", "../x", "~/no-such-folder", "a/b/c", "model/"]
 )
-def test_a_missing_path_is_named_and_not_looked_up_on_the_hub(text: str) -> None:
+def test_a_missing_path_is_named_and_not_looked_up_on_the_hub(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder") as caught:
         open_source(text)
     assert text in str(caught.value)
