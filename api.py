@@ -6,7 +6,9 @@ Importing this imports torch and transformers, so `import rilq` leaves it until 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 from rilq.converter import pipeline
@@ -14,6 +16,10 @@ from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult
 from rilq.converter.plan import Plan
 from rilq.errors import CheckpointError, one_line
+from rilq.evaluation.export import check_planned, export
+from rilq.evaluation.push import PushOptions, open_planned
+from rilq.evaluation.push import push as push_folder
+from rilq.formats.export.kind import ExportOptions
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.progress import Reporter, SilentReporter
 
@@ -51,7 +57,12 @@ def plan(
 
 @overload
 def convert(
-    model: ConvertOptions, *, report: Reporter = ..., planned: Callable[[Plan], None] = ...
+    model: ConvertOptions,
+    *,
+    report: Reporter = ...,
+    planned: Callable[[Plan], None] = ...,
+    exports: Mapping[str, Path] = ...,
+    push: PushOptions | None = ...,
 ) -> ConvertResult: ...
 @overload
 def convert(
@@ -60,6 +71,8 @@ def convert(
     recipe: str = ...,
     report: Reporter = ...,
     planned: Callable[[Plan], None] = ...,
+    exports: Mapping[str, Path] = ...,
+    push: PushOptions | None = ...,
     **options: Any,
 ) -> ConvertResult: ...
 def convert(
@@ -67,6 +80,8 @@ def convert(
     *,
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
     planned: Callable[[Plan], None] = lambda plan: None,
+    exports: Mapping[str, Path] = MappingProxyType({}),  # noqa: B008 - immutable
+    push: PushOptions | None = None,
     **options: Any,
 ) -> ConvertResult:
     """Convert a checkpoint; a job that was stopped is continued by the same call.
@@ -75,15 +90,34 @@ def convert(
         model: a folder, or `owner/name` on the Hub; or all options at once.
         report: receives progress.
         planned: called with the plan before the work begins; what it raises ends the call.
+        exports: kind to the folder to make, of the result; what a kind cannot hold is refused
+            before the work begins.
+        push: where the result goes then, itself and none of its exports; the right to push is
+            checked before the work begins.
         options: of `ConvertOptions`, by name; those left out, or None, are the recipe's.
 
     Raises:
         InputError: before any work, for what cannot succeed.
         RilqError: the work failed; its state is in the work folder.
     """
-    job = pipeline.prepare(_options(model, options), report)
+    chosen = _options(model, options)
+    job = pipeline.prepare(chosen, report)
+    if exports:
+        check_planned(job, exports, ExportOptions())
+    if push is not None:
+        if push.base is None and job.checkpoint.source.commit is None:
+            push = replace(push, base=chosen.model)
+        open_planned(job, push, report)
     planned(job.plan)
-    return pipeline.convert(job, report)
+    result = pipeline.convert(job, report)
+    state = "already converted by this command" if result.already_done else "done"
+    report.note(f"{result.output}: {state}")
+    if exports:
+        written = export(result.output, exports, device=chosen.device, report=report)
+        result = replace(result, exports=tuple(written))
+    if push is not None:
+        result = replace(result, pushed=push_folder(result.output, push, report))
+    return result
 
 
 def load(

@@ -413,45 +413,25 @@ def convert(
         stoppable(f"state is in {options.work}"),
         reporting(quiet, log_file, options.work) as report,
     ):
-        from rilq.converter import pipeline
-
-        job = pipeline.prepare(options, report)
-        exports = {kind: _beside(options.output, kind) for kind in export or ()}
-        if exports:
-            from rilq.evaluation.export import check_planned
-            from rilq.evaluation.export import export as write_exports
-            from rilq.formats.export.kind import ExportOptions
-
-            check_planned(job, exports, ExportOptions())
+        pushing = None
         if push_to is not None:
-            from rilq.evaluation.push import PushOptions, open_planned
-            from rilq.evaluation.push import push as push_folder
-
-            pushing = PushOptions(
+            pushing = rilq.PushOptions(
                 push_to,
                 private=private,
                 text=eval_text,
                 max_ppl_ratio=max_ppl_ratio,
-                base=options.model if job.checkpoint.source.commit is None else None,
                 device=options.device,
                 dtype=options.dtype,
             )
-            open_planned(job, pushing, report)
-        show_plan(job.plan, report)
-        result = pipeline.convert(job, report)
-        report.note(
-            f"{result.output}: already converted by this command"
-            if result.already_done
-            else f"{result.output}: done"
+        result = rilq.convert(
+            options,
+            report=report,
+            planned=lambda plan: show_plan(plan, report),
+            exports={kind: _beside(options.output, kind) for kind in export or ()},
+            push=pushing,
         )
-        exported, pushed = [], None
-        if exports:
-            exported = write_exports(
-                result.output, exports, ExportOptions(), device=options.device, report=report
-            )
-        if push_to is not None:
-            pushed = push_folder(result.output, pushing, report)
-            show_push(pushed, report)
+        if result.pushed is not None:
+            show_push(result.pushed, report)
     if as_json:
         print(json.dumps({
             "output": str(result.output),
@@ -459,8 +439,8 @@ def convert(
             "quality": result.quality,
             "bytes_read": result.bytes_read,
             "plan": result.plan.as_dict(),
-            "exports": [each.as_dict() for each in exported],
-            "pushed": pushed and pushed.as_dict(),
+            "exports": [each.as_dict() for each in result.exports],
+            "pushed": result.pushed and result.pushed.as_dict(),
         }, default=str))  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--quick", action="store_true", help="ours, AutoRound, MLX's rounding and the control")
     add("--only", nargs="+", metavar="PATTERN", help="measure these again, keep the other results")
     add("--envs", type=Path, default=Path("~/.cache/rilq-benchmarks"), help="peers' environments")
-    add("--llama-cpp", action="store_true", help="build llama.cpp and run it (not tried yet)")
+    add("--llama-cpp", action="store_true", help="build llama.cpp and run it")
     add("--out", type=Path, help="folder of the report (docs; accuracy-quick with --quick)")
     args, more = parser.parse_known_args()
     args.model, args.envs = args.model.resolve(), args.envs.expanduser().resolve()

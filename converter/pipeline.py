@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors
 import torch
@@ -58,6 +58,10 @@ from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
 from rilq.formats.writer import check_output, parse_size
 from rilq.progress import Reporter
 
+if TYPE_CHECKING:
+    from rilq.evaluation.export import Exported
+    from rilq.evaluation.push import PushResult
+
 COMPARED_ROWS = 2  # validation rows on which merged and unmerged logits are compared
 
 
@@ -71,6 +75,8 @@ class ConvertResult:
         quality: figures as in `rilq.json`: errors per layer, validation losses, merge difference.
         bytes_read: of the checkpoint's tensors, by this run.
         already_done: the folder was there, from the same command; nothing was run.
+        exports: of it, where they were asked for.
+        pushed: where it is on the Hub, likewise.
     """
 
     output: Path
@@ -78,6 +84,8 @@ class ConvertResult:
     quality: dict[str, Any]
     bytes_read: int = 0
     already_done: bool = False
+    exports: tuple[Exported, ...] = ()
+    pushed: PushResult | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ The model is handed to `llama-quantize` as a GGUF file without a tokenizer, whic
 not need, and the importance matrix (the sum of squares of each linear's inputs, as `llama-imatrix`
 defines it) is computed from the token rows. Rows of a weight are quantized one by one, so that
 their order does not matter, and q and k are not permuted for llama.cpp's rotary embedding.
-
-Not run yet, for want of a build: check its first figures against llama.cpp's own.
 """
 
 import argparse

@@ -20,11 +20,8 @@ def affine_entries(
         minimum: what the minima are called.
     """
 
-    def parts() -> tuple[Tensor, Tensor]:
-        scale, zero_point = (
-            native.tensor(f"{module}.{part}").float() for part in ("weight_scale", "zero_point")
-        )
-        return scale, -scale * zero_point
+    def stored(part: str) -> Tensor:
+        return native.tensor(f"{module}.{part}").float()
 
     words, scale, low = f"{module}.weight", f"{module}.scales", f"{module}.{minimum}"
     rows, width = native.shape(module)
@@ -32,8 +29,8 @@ def affine_entries(
     group = TensorLayout(dtype, (rows, width // spec.group_size))
     return {
         words: Entry(packed, lambda: native.tensor(words).view(torch.uint32)),
-        scale: Entry(group, lambda: cast(scale, parts()[0], dtype)),
-        low: Entry(group, lambda: cast(low, parts()[1], dtype)),
+        scale: Entry(group, lambda: cast(scale, stored("weight_scale"), dtype)),
+        low: Entry(group, lambda: cast(low, -stored("weight_scale") * stored("zero_point"), dtype)),
     }
 
 

@@ -18,13 +18,11 @@ from rilq.formats.export.folder import Entry, unpack_stream
 from rilq.formats.export.integer import IntegerBase, bits_of, check_base, write_base
 from rilq.formats.export.kind import ROUNDING, DenseReader, ExportOptions
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
-from rilq.formats.packing import pack
+from rilq.formats.packing import WORD, pack
 from rilq.formats.shard import listing
 from rilq.formats.shard_writer import TensorLayout
 from rilq.formats.spec import QuantSpec
 from rilq.progress import Reporter
-
-WORD = 32
 
 
 def bound(options: ExportOptions) -> float:

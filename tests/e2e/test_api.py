@@ -54,14 +54,25 @@ def test_python_writes_the_bytes_that_the_command_writes(
             skip=["layers.1.mlp.up_proj"],
             bits_for={"down_proj": 4},
             output_dir=str(tmp_path / "python"),
+            exports={"dense": tmp_path / "dense"},
             **settings,
         )
+        assert [each.output for each in result.exports] == [tmp_path / "dense"]
         assert result.output == tmp_path / "python" and not result.already_done
         assert result.plan.layers == 2 and len(result.plan.kept) == 1
 
     ended = in_child(convert)
     assert ended.code == 0, ended.err
     assert hashes(tmp_path / "python") == hashes(tmp_path / "out")
+
+
+def test_an_export_that_the_result_cannot_be_written_as_is_refused_before_the_work(
+    tmp_path: Path, tiny_llama: Path, settings: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(rilq.InputError, match="--keep-adapter"):
+        rilq.convert(tiny_llama, output_dir=out, exports={"gptq": tmp_path / "gptq"}, **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plan_touches_nothing_and_says_what_does_not_fit(
