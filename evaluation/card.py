@@ -14,8 +14,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard
 
 from rilq.errors import HubError, one_line
+from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.loading import NATIVE, RUNTIMES, after_export, from_hub
-from rilq.evaluation.perplexity import Evaluation
 from rilq.formats.export.gguf import ADAPTER_FILE
 from rilq.formats.export.kind import ExportOptions
 from rilq.formats.hub_push import WEIGHTS, LocalFile

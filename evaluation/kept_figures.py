@@ -11,8 +11,8 @@ from typing import Any
 
 from rilq.calib.sources import describe_source, parse_source
 from rilq.errors import OutputError
-from rilq.evaluation.divergence import Divergence
-from rilq.evaluation.perplexity import Evaluation, evaluate
+from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.perplexity import evaluate
 from rilq.formats.durable import write_bytes
 from rilq.formats.verify import MANIFEST_NAME, file_hash
 from rilq.progress import Reporter
@@ -75,7 +75,6 @@ def _read(path: Path, asked: Mapping[str, Any]) -> Evaluation | None:
         content = json.loads(path.read_bytes())
         if content["asked"] != asked:
             return None
-        figures = content["figures"]
-        return Evaluation(**{**figures, "against": Divergence(**figures["against"])})
+        return Evaluation.from_dict(content["figures"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
         return None

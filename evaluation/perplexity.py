@@ -13,9 +13,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine
 from rilq.errors import CheckpointError, OptionError, OutputError
-from rilq.evaluation.divergence import Divergence
+from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.forward import Subject, measure
 from rilq.evaluation.lora import find_adapter
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
@@ -42,43 +41,6 @@ DEFAULT_SEQLEN = 2048  # the field's context for perplexity figures
 SPELLED_TOKENS = 20_000_000  # longer texts are not decoded again just to count their bytes
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured of a checkpoint.
-
-    Attributes:
-        perplexity: `exp` of the mean negative log-likelihood over the predicted tokens.
-        tokens: predicted tokens, `windows * (seqlen - 1)`.
-        windows: non-overlapping windows of the text; a last partial one is left out.
-        seqlen: tokens per window.
-        bits_per_byte: the mean loss in bits, times tokens per byte of the windows; None unless the
-            windows spell the beginning of a local file exactly, so that their bytes are known.
-        bits_per_weight: over the quantized linears, codes with 16-bit scales and zero-points (not
-            the adapter); of a dense checkpoint over all linears of the decoder layers, as stored.
-        size_bytes: of all weight files, the adapter's included.
-        adapter: a LoRA beside the checkpoint was applied.
-        dtype: what the layers computed in.
-        text: label of the text with its hash or commit, without any path.
-        against: comparison with the base; None if there was none.
-    """
-
-    perplexity: float
-    tokens: int
-    windows: int
-    seqlen: int
-    bits_per_byte: float | None
-    bits_per_weight: float | None
-    size_bytes: int
-    adapter: bool
-    dtype: str
-    text: str
-    against: Divergence | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def evaluate(
@@ -143,6 +105,7 @@ def evaluate(
         adapter=subject.adapter is not None,
         dtype=str(subject.streamed.dtype).removeprefix("torch."),
         text=", ".join(rows.sources),
+        tokens_digest=rows.digest,
         against=None if divergence is None else divergence.result(math.exp(losses[1])),
     )
 

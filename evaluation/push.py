@@ -11,8 +11,8 @@ from rilq.calib.sources import describe_source, parse_source
 from rilq.converter.pipeline import Job, source_facts
 from rilq.errors import HubError, OptionError
 from rilq.evaluation.card import CardFacts, make_card
+from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.kept_figures import measure_once
-from rilq.evaluation.perplexity import Evaluation
 from rilq.evaluation.push_base import find_base, tell_base
 from rilq.evaluation.push_checks import (
     check_good,

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import get_token
 
 from rilq.errors import CheckpointError, OptionError
-from rilq.evaluation.perplexity import Evaluation
+from rilq.evaluation.figures import Evaluation
 from rilq.formats.export.kinds import kind_of
 from rilq.formats.export.source import NativeCheckpoint
 from rilq.formats.hub_listing import some

@@ -17,7 +17,7 @@ import yaml
 
 from rilq.batch.jobs import read_jobs
 from rilq.batch.outlook import _outlook
-from rilq.cli import _convert_command
+from rilq.cli.batch import convert_command
 from rilq.converter.journal import hold_lock, read_lines
 from rilq.errors import InputError, RilqError, WorkDirError
 
@@ -142,10 +142,10 @@ def test_outlook_tells_done_from_changed_damaged_and_impossible(
     monkeypatch.chdir(tmp_path)
 
     def outlook(**options: Any) -> str:
-        (job,) = read_jobs(write({"name": "a", **options}), _convert_command())
+        (job,) = read_jobs(write({"name": "a", **options}), convert_command())
         return _outlook(job.options).progress
 
-    (job,) = read_jobs(write({"name": "a"}), _convert_command())
+    (job,) = read_jobs(write({"name": "a"}), convert_command())
     assert outlook() == "new"
     assert run_cli("convert", *job.arguments, first=lambda: os.chdir(tmp_path)).code == 0
     assert outlook() == "done"
@@ -167,10 +167,10 @@ def test_outlook_tells_done_from_changed_damaged_and_impossible(
 def test_examples_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documented = (EXAMPLES.parent / "docs" / "batch.md").read_text()
     (tmp_path / "jobs.yaml").write_text(documented.split("```yaml")[1].split("```")[0])
-    names = [job.name for job in read_jobs(tmp_path / "jobs.yaml", _convert_command())]
+    names = [job.name for job in read_jobs(tmp_path / "jobs.yaml", convert_command())]
     assert names[0] == "Llama-3.2-1B-bits2-rank8" and names[4:] == ["best"]
     monkeypatch.chdir(EXAMPLES)
-    jobs = read_jobs(Path("batch.yaml"), _convert_command())
+    jobs = read_jobs(Path("batch.yaml"), convert_command())
     assert len({(job.options.bits, job.options.rank) for job in jobs}) == 4
     assert all(Path(job.options.model).is_dir() for job in jobs)
     workflow = yaml.safe_load(Path("github_actions.yml").read_text())

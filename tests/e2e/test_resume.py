@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import xxhash
 
-from rilq.cli_session import stoppable
+from rilq.cli.session import stoppable
 from rilq.converter import pipeline, workdir
 from rilq.converter.options import ConvertOptions
 from rilq.errors import Interrupted

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rilq.batch.jobs import BatchJob, read_jobs, select
-from rilq.cli import _convert_command
+from rilq.cli.batch import convert_command
 from rilq.errors import InputError, OptionError
 
 Read = Callable[[str], list[BatchJob]]
@@ -19,7 +19,7 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
 
     def jobs(text: str) -> list[BatchJob]:
         (tmp_path / "jobs.yaml").write_text(text)
-        return read_jobs(Path("jobs.yaml"), _convert_command())
+        return read_jobs(Path("jobs.yaml"), convert_command())
 
     return jobs
 
@@ -138,7 +138,7 @@ def test_what_is_no_batch_file_is_refused(read: Read, text: str, told: str) -> N
 
 def test_missing_file_is_named(read: Read, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none.yaml: cannot be read"):
-        read_jobs(tmp_path / "none.yaml", _convert_command())
+        read_jobs(tmp_path / "none.yaml", convert_command())
 
 
 def test_only_selects_by_shell_patterns(read: Read) -> None:

@@ -8,11 +8,10 @@ from huggingface_hub import ModelCard
 
 from rilq.errors import HubError
 from rilq.evaluation.card import Base, CardFacts, make_card
-from rilq.evaluation.divergence import Divergence
-from rilq.evaluation.perplexity import Evaluation
+from rilq.evaluation.figures import Divergence, Evaluation
 from rilq.formats.hub_push import LocalFile
 
-AGAINST = Divergence(0.25, 0.2, 1.0, 2.0, 0.75, base_perplexity=10.0)
+AGAINST = Divergence(0.25, 0.2, 1.0, 2.0, 0.75, 0.7, 10.0, kl_edges=(0.1, 3.0), kl_counts=(1000,))
 FIGURES = Evaluation(
     perplexity=12.5,
     tokens=3100,
@@ -24,6 +23,7 @@ FIGURES = Evaluation(
     adapter=False,
     dtype="float32",
     text="heldout.txt@xxh3:12ab",
+    tokens_digest="5d41",
     against=AGAINST,
 )
 MANIFEST: dict[str, Any] = {

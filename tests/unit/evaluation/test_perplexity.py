@@ -23,8 +23,9 @@ from rilq.converter.quantizers import build_quantizer
 from rilq.errors import CheckpointError, OptionError, OutputError, RilqError
 from rilq.evaluation import forward
 from rilq.evaluation.divergence import DivergenceSum
+from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.lora import find_adapter
-from rilq.evaluation.perplexity import Evaluation, evaluate
+from rilq.evaluation.perplexity import evaluate
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
 from rilq.formats.native import RilqConfig, native_tensors

@@ -10,7 +10,7 @@ from rilq.progress import Reporter, duration, gigabytes
 if TYPE_CHECKING:
     from rilq.converter.analysis import Analysis
     from rilq.converter.plan import Plan
-    from rilq.evaluation.perplexity import Evaluation
+    from rilq.evaluation.figures import Evaluation
     from rilq.evaluation.push import PushResult
 
 

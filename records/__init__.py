@@ -1,0 +1,1 @@
+"""What was run, kept in a local SQLite database; see docs/runs.md."""
