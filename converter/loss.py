@@ -71,7 +71,7 @@ def discrepancy(model: Model, tokens: Tensor, target: Tensor, loss: Loss) -> Ten
     return weighted(loss_terms(model, tokens, target, loss.target, wanted), loss)
 
 
-def weighted(terms: Mapping[str, Tensor], loss: Loss) -> Tensor:
+def weighted(terms: Mapping[Term, Tensor], loss: Loss) -> Tensor:
     """The loss that these terms make, a scalar."""
     parts = [getattr(loss, term) * terms[term] for term in TERMS if getattr(loss, term)]
     return torch.stack(parts).sum()

@@ -124,7 +124,7 @@ def progress(job: Job) -> Literal["done", "begun", "new"]:
     Raises:
         InputError: `convert` would refuse it, for what stands at its places.
     """
-    fingerprint = _fingerprint(job)
+    fingerprint = job_fingerprint(job)
     if _finished(job.options.output, fingerprint) is not None:
         return "done"
     _check_places(job)
@@ -140,7 +140,7 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         RilqError: the work failed; its state is in the work folder.
     """
     options = job.options
-    fingerprint = _fingerprint(job)
+    fingerprint = job_fingerprint(job)
     if (quality := _finished(options.output, fingerprint)) is not None:
         _clean(options, fingerprint, report)
         return ConvertResult(options.output, job.plan, quality, already_done=True)
@@ -371,7 +371,7 @@ class _Conversion:
             "validation_loss": trainer.progress.best_loss,
             "best_step": trainer.progress.best_step,
             "steps": trainer.progress.step,
-            **_curves(trainer.progress),
+            **curves(trainer.progress),
         }
         self.report.note(
             f"trained: validation loss {facts['validation_loss_before']:.4f} before, "
@@ -520,7 +520,7 @@ class _Conversion:
         )
 
 
-def _curves(progress: Progress) -> dict[str, Any]:
+def curves(progress: Progress) -> dict[str, Any]:
     """Losses over the updates, for `rilq.json`; None for NaN, of a training that failed."""
 
     def finite(value: float) -> float | None:
@@ -583,7 +583,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _fingerprint(job: Job) -> dict[str, Any]:
+def job_fingerprint(job: Job) -> dict[str, Any]:
     """Everything that determines the result, as JSON values, one comparable value per key."""
     options, source = job.options, job.checkpoint.source
     return {

@@ -310,6 +310,6 @@ def validation_losses(
         stop = min(start + batch, rows.stop)
         part = tokens[start:stop].to(device)
         terms = loss_terms(student, part, targets.read(start, stop), loss.target, wanted)
-        for name, value in {"total": weighted(terms, loss), **terms}.items():
+        for name, value in [("total", weighted(terms, loss)), *terms.items()]:
             totals[name] = totals.get(name, 0.0) + value.item() * (stop - start)
     return {name: total / len(rows) for name, total in totals.items()}
