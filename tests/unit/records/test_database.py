@@ -64,7 +64,10 @@ def in_process(code: str, *arguments: object) -> subprocess.Popen[str]:
     """
     script = textwrap.dedent(before) + textwrap.dedent(code)
     return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -168,6 +171,7 @@ def test_figures_can_be_asked_for_in_sql(path: Path) -> None:
 def test_two_processes_that_write_at_once_lose_nothing(path: Path) -> None:
     code = """
         print("ready", flush=True)
+        sys.stdin.readline()
         for index in range(40):
             with open_database(path) as database:
                 run = replace(RUN, model=sys.argv[2])
@@ -175,6 +179,12 @@ def test_two_processes_that_write_at_once_lose_nothing(path: Path) -> None:
                 database.save(replace(run, id=number, state="done", samples=(Sample(1, 2, 3, 4),)))
     """
     writers = [in_process(code, path, name) for name in ("one", "two")]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
     assert [writer.wait(60) for writer in writers] == [0, 0]
     with read_database(path) as database:
         for name in ("one", "two"):
