@@ -365,3 +365,17 @@ def test_a_database_that_cannot_be_written_is_read_as_it_is(
         with pytest.raises(OutputError, match="readonly"):
             database.begin(RUN)
     assert path.read_bytes() == content
+
+
+def test_the_queries_of_the_documentation_run(path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "runs.md").read_text()
+    queries = [part.split("```")[0] for part in text.split("```sql\n")[1:]]
+    with open_database(path) as database:
+        database.begin(RUN)
+        database.begin(replace(RUN, command="eval"))
+    connection = sqlite3.connect(path)
+    found = [connection.execute(query).fetchall() for query in queries]
+    connection.close()
+    assert found[0] == [("org/model", "model-w2g64-rilq", 2, 19.5)]
+    assert found[1] == [("layers", 1, 10.0, 1.0), ("train", 1, 2.5, 2e-9)]
+    assert found[2] == [(2, 1, 12.5)]
