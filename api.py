@@ -1,4 +1,4 @@
-"""rilq from Python: `rilq.plan`, `rilq.convert`, `rilq.load`; the commands call the same functions.
+"""rilq from Python: `rilq.plan`, `rilq.convert`; the commands call the same functions.
 
 Importing this imports torch and transformers, so `import rilq` leaves it until it is needed.
 """
@@ -9,23 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult
 from rilq.converter.plan import Plan
-from rilq.errors import CheckpointError, one_line
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
 from rilq.formats.export.kind import ExportOptions
-from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.progress import Reporter, SilentReporter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @overload
@@ -118,42 +112,6 @@ def convert(
     if push is not None:
         result = replace(result, pushed=push_folder(result.output, push, report))
     return result
-
-
-def load(
-    model: str | Path, *, revision: str | None = None, device: str = "auto", **options: Any
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint, converted or not, with transformers; for generation and fine-tuning.
-
-    A LoRA that lies beside a converted checkpoint is attached by PEFT.
-
-    Args:
-        model: a folder, or `owner/name` on the Hub.
-        revision: branch, tag or commit on the Hub.
-        device: "auto", "cpu", "cuda", "cuda:1"; "auto" spreads over what there is.
-        options: further ones of `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        loaded: PreTrainedModel | PeftModel = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, device_map=device, trust_remote_code=False, **options
-        )
-    except (OSError, ValueError) as err:
-        raise CheckpointError(
-            f"{model}: transformers cannot load it: {one_line(err)}\n"
-            "  give the folder of a checkpoint, or owner/name on the Hub"
-        ) from err
-    adapter = Path(model) / ADAPTER_FOLDER
-    if adapter.is_dir():
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded.eval(), tokenizer
 
 
 def _options(model: str | Path | ConvertOptions, given: Mapping[str, Any]) -> ConvertOptions:

@@ -1,6 +1,7 @@
 """`rilq eval`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,9 +9,11 @@ from rich.console import Console
 
 import rilq
 from rilq.cli.app import app
-from rilq.cli.options import AsJson, Device, Dtype, LogFile, Model, Quiet, Revision
+from rilq.cli.evaluation_view import evaluation_view
+from rilq.cli.options import MACHINE, AsJson, Device, Dtype, LogFile, Model, Quiet, Revision, option
 from rilq.cli.session import reporting, stoppable, user_errors
-from rilq.cli.tables import evaluation_table
+
+TASKS, PROMPTS = "Tasks, by lm-evaluation-harness", "Prompts, continued greedily"
 
 
 @app.command("eval")
@@ -18,7 +21,7 @@ def evaluate(
     model: Model,
     text: Annotated[
         str, typer.Option(help="Text, JSON lines or Parquet file, wikitext2, c4, or owner/name.")
-    ],
+    ] = "wikitext2",
     seqlen: Annotated[
         int | None, typer.Option(help="Context. (default: 2048, or the model's maximum)")
     ] = None,
@@ -26,6 +29,29 @@ def evaluate(
         str | None, typer.Option(help="Base model: adds KL divergence and top-1 agreement.")
     ] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
+    tasks: Annotated[
+        list[str] | None,
+        option(TASKS, "Names or YAML files, separated by commas. [repeatable]"),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, option(TASKS, "Examples in each prompt. (default: the task's)")
+    ] = None,
+    limit: Annotated[int | None, option(TASKS, "Samples of each task. (default: all)")] = None,
+    task_path: Annotated[
+        Path | None, option(TASKS, "Folder with further tasks: YAML files.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            PROMPTS,
+            'One a line, or JSON lines with a "prompt" key; --against shows the base\'s too.',
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, option(PROMPTS, "Tokens after each prompt, at most.")] = 64,
+    speed: Annotated[
+        bool,
+        option(MACHINE, "Time the loaded model, and take its peak memory.", "--speed/--no-speed"),
+    ] = True,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -33,17 +59,26 @@ def evaluate(
     as_json: AsJson = False,
     log_file: LogFile = None,
 ) -> None:
-    """Perplexity of any checkpoint, dense or ours, streamed layer by layer."""
+    """Measure any checkpoint, dense or ours: perplexity streamed, tasks, prompts, speed."""
     with (
         user_errors(),
         stoppable("nothing was kept"),
         reporting(quiet, log_file) as report,
     ):
+        from rilq.evaluation.generations import read_prompts
+
         result = rilq.evaluate(
             model,
             text,
             seqlen=seqlen,
             against=against,
+            tasks=[name for each in tasks or () for name in each.split(",") if name],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_path=task_path,
+            prompts=() if prompts is None else read_prompts(prompts),
+            max_new_tokens=max_new_tokens,
+            speed=speed,
             device=device,
             dtype=dtype,
             revision=revision,
@@ -53,4 +88,4 @@ def evaluate(
     if as_json:
         print(json.dumps(result.as_dict()))
     else:
-        Console(highlight=False).print(evaluation_table(model, result))
+        Console(highlight=False).print(evaluation_view(model, result))
