@@ -104,7 +104,7 @@ def evaluate_with_passages(
             base.check_room("--prompts")
         positions = checkpoint.config.get("max_position_embeddings")
         check_lengths(prompts, load_tokenizer(checkpoint), max_new_tokens, positions)
-    loaded_tasks = load_tasks(tasks, task_path) if tasks else []
+    loaded_tasks = load_tasks(tasks, task_path) if tasks else None
     ((figures, passages),) = measure_texts(
         [model],
         text,
@@ -132,7 +132,7 @@ def evaluate_with_passages(
                 compared(prompt, own, None if written is None else written[i], tokenizer)
                 for i, (prompt, own) in enumerate(zip(prompts, tokens, strict=True))
             )
-            if tasks:
+            if loaded_tasks is not None:
                 scores = run_tasks(
                     loaded_tasks,
                     this,

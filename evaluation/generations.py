@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,29 +111,37 @@ def continuations(
     found = []
     if prompts:
         report.stage(f"generate, {label}", len(prompts), "prompt")
-    for done, prompt in enumerate(prompts, 1):
-        given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        given = given.to(model.device)
-        out: Any = model.generate(**given, generation_config=_greedy(model, max_new_tokens))
-        found.append(out[0, given["input_ids"].shape[1] :].tolist())
-        report.step(done)
+    with _greedy(model, max_new_tokens):
+        for done, prompt in enumerate(prompts, 1):
+            given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            out: Any = model.generate(**given.to(model.device))
+            found.append(out[0, given["input_ids"].shape[1] :].tolist())
+            report.step(done)
     return found
 
 
-def _greedy(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> GenerationConfig:
-    """Without what a model's own settings add to it, such as a penalty on repetitions."""
+@contextmanager
+def _greedy(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> Iterator[None]:
+    """The model without its own settings, such as a penalty on repetitions.
+
+    `generate` fills what it is not told from them, so they have to go for the while.
+    """
     own = model.generation_config
     pad = own.pad_token_id
     end = own.eos_token_id
     if pad is None:  # one row is never padded; without a value, transformers warns
         pad = end[0] if isinstance(end, list) else end
-    return GenerationConfig(
+    model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         bos_token_id=own.bos_token_id,
         eos_token_id=end,
         pad_token_id=pad,
     )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def compared(

@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,16 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # names in a message
 
-# A task or a group of tasks with its data, of the harness, whose classes are known only with it.
-LoadedTask = Any
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks and groups with their data, and where they were found: objects of the harness."""
+
+    manager: Any
+    objects: tuple[Any, ...]
 
 
-def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[LoadedTask]:
+def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
     """Find tasks and load their data, before any model is loaded.
 
     Args:
@@ -46,6 +52,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[LoadedT
     try:
         import lm_eval.models  # noqa: F401 - not part of its smallest installation
         from lm_eval.tasks import TaskManager
+        from lm_eval.utils import pattern_match
     except ImportError as err:
         raise OptionError(
             f"--tasks: needs lm-evaluation-harness: {one_line(err)}\n  pip install 'rilq[eval]'"
@@ -55,13 +62,21 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[LoadedT
             f"--task-path {folder}: is not a folder\n"
             "  give the folder with the tasks' YAML files, or a path to one of them in --tasks"
         )
-    files = [Path(name) for name in names if _is_file(name)]
-    for path in [*files, *(sorted(folder.glob("**/*.yaml")) if folder is not None else ())]:
-        _check_yaml(path)
+    local = [Path(name) for name in names if _is_file(name)]
+    if folder is not None:
+        local += sorted(folder.glob("**/*.yaml"))
+    keys = [_top_keys(path) for path in local]
     with _quiet():
-        manager = TaskManager(include_path=folder)
+        # The harness' own are 14,000 files, which take seconds to read. A group may name some.
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        known = [
+            name for name in names if _is_file(name) or pattern_match([name], manager.all_tasks)
+        ]
+        if len(known) < len(names) or any("group" in each for each in keys):
+            manager = TaskManager(include_path=folder)
         wanted = [each for name in names for each in _matching(name, manager.all_tasks, folder)]
-        return [task for name in dict.fromkeys(wanted) for task in _load(manager, name)]
+        objects = [each for name in dict.fromkeys(wanted) for each in _load(manager, name)]
+    return LoadedTasks(manager, tuple(objects))
 
 
 def _is_file(name: str) -> bool:
@@ -86,11 +101,10 @@ def _matching(name: str, known: Sequence[str], folder: Path | None) -> list[str]
     )
 
 
-def _check_yaml(path: Path) -> None:
-    """The harness itself passes over files that it cannot read."""
+def _top_keys(path: Path) -> set[str]:
+    """Keys of a task's file; the harness itself passes over files that it cannot read."""
     try:
-        for _ in yaml.parse(path.read_text(encoding="utf-8")):  # tags mean nothing yet
-            pass
+        root = yaml.compose(path.read_text(encoding="utf-8"))  # tags mean nothing yet
     except OSError as err:
         raise InputError(f"--tasks {path}: cannot be read: {err.strerror or err}") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
@@ -98,9 +112,12 @@ def _check_yaml(path: Path) -> None:
             f"{path}: not YAML: {one_line(err)}\n"
             "  correct it; lm-evaluation-harness describes the format in docs/new_task_guide.md"
         ) from err
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path}: expected the keys and values of a task or a group")
+    return {key.value for key, _ in root.value}
 
 
-def _load(manager: Any, name: str) -> list[LoadedTask]:
+def _load(manager: Any, name: str) -> list[Any]:
     """A task, a group, or the tasks of a tag, with their data; the harness tries a first prompt.
 
     Raises:
@@ -128,7 +145,7 @@ def _load(manager: Any, name: str) -> list[LoadedTask]:
 
 
 def run_tasks(
-    tasks: Sequence[LoadedTask],
+    tasks: LoadedTasks,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -162,7 +179,8 @@ def run_tasks(
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
             results = simple_evaluate(
                 model=wrapped,
-                tasks=list(tasks),
+                tasks=list(tasks.objects),
+                task_manager=tasks.manager,
                 num_fewshot=num_fewshot,
                 limit=limit,
                 log_samples=False,
