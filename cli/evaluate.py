@@ -10,7 +10,18 @@ from rich.console import Console
 import rilq
 from rilq.cli.app import app
 from rilq.cli.evaluation_view import evaluation_view
-from rilq.cli.options import MACHINE, AsJson, Device, Dtype, LogFile, Model, Quiet, Revision, option
+from rilq.cli.options import (
+    MACHINE,
+    OUT,
+    AsJson,
+    Device,
+    Dtype,
+    LogFile,
+    Model,
+    Quiet,
+    Revision,
+    option,
+)
 from rilq.cli.session import reporting, stoppable, user_errors
 
 TASKS, PROMPTS = "Tasks, by lm-evaluation-harness", "Prompts, continued greedily"
@@ -26,7 +37,8 @@ def evaluate(
         int | None, typer.Option(help="Context. (default: 2048, or the model's maximum)")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Base model: adds KL divergence and top-1 agreement.")
+        str | None,
+        typer.Option(help="Base model: adds KL divergence, agreement, layers and worst passages."),
     ] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
     tasks: Annotated[
@@ -55,15 +67,24 @@ def evaluate(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    work_dir: Annotated[
+        Path | None,
+        option(OUT, "State of a run that can be stopped. (default: <model>.rilq-eval-work)"),
+    ] = None,
+    resume: Annotated[str, option(OUT, "auto, never or required.")] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
 ) -> None:
     """Measure any checkpoint, dense or ours: perplexity streamed, tasks, prompts, speed."""
+    with user_errors():
+        from rilq.evaluation.identity import default_work
+
+        work = work_dir or default_work(model)
     with (
         user_errors(),
-        stoppable("nothing was kept"),
-        reporting(quiet, log_file) as report,
+        stoppable(f"state is in {work}"),
+        reporting(quiet, log_file, work) as report,
     ):
         from rilq.evaluation.generations import read_prompts
 
@@ -81,6 +102,8 @@ def evaluate(
             speed=speed,
             device=device,
             dtype=dtype,
+            work=work,
+            resume=resume,
             revision=revision,
             text_key=text_key,
             report=report,

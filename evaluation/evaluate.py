@@ -13,7 +13,6 @@ import torch
 
 from rilq.calib.tokenizer import load_tokenizer
 from rilq.converter.machine import measure_machine
-from rilq.converter.workdir import Resume
 from rilq.errors import OptionError, RilqError, one_line
 from rilq.evaluation.figures import Evaluation, Generation, Passages, TaskFigure
 from rilq.evaluation.generations import (
@@ -53,7 +52,7 @@ def evaluate_with_passages(
     device: str = "auto",
     dtype: str = "auto",
     work: Path | None = None,
-    resume: Resume = "auto",
+    resume: str = "auto",
     revision: str | None = None,
     against_revision: str | None = None,
     text_key: str = "text",
@@ -81,13 +80,15 @@ def evaluate_with_passages(
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: to compute in. "auto" streams in float32 on a CPU and in bfloat16 elsewhere, and
             loads whole as the checkpoint is stored.
-        work, resume: of the streaming part; see `measure_texts`.
+        work: folder from which a stopped run goes on; None for a temporary one. It keeps what is
+            streamed; tasks, prompts and speed begin anew.
+        resume: "auto", "never" or "required".
         revision, against_revision: of `model` and `against` on the Hub.
         text_key: of the text in JSON, parquet and Hub records.
         report: receives progress.
 
     Returns:
-        The figures, and those of the text window by window.
+        The figures; `evaluate_with_passages` also those of the text window by window.
 
     Raises:
         InputError: before any work, for what cannot succeed.
@@ -105,7 +106,34 @@ def evaluate_with_passages(
         positions = checkpoint.config.get("max_position_embeddings")
         check_lengths(prompts, load_tokenizer(checkpoint), max_new_tokens, positions)
     loaded_tasks = load_tasks(tasks, task_path) if tasks else None
-    ((figures, passages),) = measure_texts(
+
+    def complete(figures: Evaluation) -> Evaluation:
+        written: list[list[int]] | None = None
+        generations: tuple[Generation, ...] = ()
+        scores: tuple[TaskFigure, ...] = ()
+        if base is not None and prompts:
+            with _in_memory(base) as (other, tokenizer):
+                written = continuations(prompts, other, tokenizer, max_new_tokens, "base", report)
+        if tasks or prompts:
+            with _in_memory(place) as (this, tokenizer):
+                own = continuations(prompts, this, tokenizer, max_new_tokens, "model", report)
+                generations = tuple(
+                    compared(prompt, own[i], None if written is None else written[i], tokenizer)
+                    for i, prompt in enumerate(prompts)
+                )
+                if loaded_tasks is not None:
+                    scores = run_tasks(
+                        loaded_tasks,
+                        this,
+                        tokenizer,
+                        num_fewshot=num_fewshot,
+                        limit=limit,
+                        report=report,
+                    )
+        timed = measure_speed(place, report) if speed else None
+        return replace(figures, tasks=scores, generations=generations, speed=timed)
+
+    (found,) = measure_texts(
         [model],
         text,
         seqlen=seqlen,
@@ -117,32 +145,10 @@ def evaluate_with_passages(
         revision=revision,
         against_revision=against_revision,
         text_key=text_key,
+        complete=complete,
         report=report,
     )
-    generations: tuple[Generation, ...] = ()
-    scores: tuple[TaskFigure, ...] = ()
-    written: list[list[int]] | None = None
-    if base is not None and prompts:
-        with _in_memory(base) as (other, tokenizer):
-            written = continuations(prompts, other, tokenizer, max_new_tokens, "base", report)
-    if tasks or prompts:
-        with _in_memory(place) as (this, tokenizer):
-            tokens = continuations(prompts, this, tokenizer, max_new_tokens, "model", report)
-            generations = tuple(
-                compared(prompt, own, None if written is None else written[i], tokenizer)
-                for i, (prompt, own) in enumerate(zip(prompts, tokens, strict=True))
-            )
-            if loaded_tasks is not None:
-                scores = run_tasks(
-                    loaded_tasks,
-                    this,
-                    tokenizer,
-                    num_fewshot=num_fewshot,
-                    limit=limit,
-                    report=report,
-                )
-    timed = measure_speed(place, report) if speed else None
-    return replace(figures, tasks=scores, generations=generations, speed=timed), passages
+    return found
 
 
 def _figures_only(function: Callable[P, tuple[Evaluation, Passages]]) -> Callable[P, Evaluation]:

@@ -66,7 +66,9 @@ def measure(console: Console, name: str, checkpoint: Path) -> Measured:
     """Evaluate `checkpoint` on the held-out text, and weigh its shards."""
     text = DEMO / "heldout.txt"
     printed = rilq(
-        console, "eval", checkpoint, "--text", text, "--seqlen", str(SEQLEN), "--json", capture=True
+        *(console, "eval", checkpoint, "--text", text, "--seqlen", str(SEQLEN)),
+        *("--no-speed", "--json"),
+        capture=True,
     )
     figures = json.loads(printed)
     shards = (ROOT / checkpoint).glob("*.safetensors")
