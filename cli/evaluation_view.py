@@ -53,8 +53,9 @@ def _figures(found: "Evaluation") -> Table:
 
 
 def _figure_rows(found: "Evaluation") -> Iterator[tuple[str, str]]:
-    windows = f"{found.windows:,} windows of {found.seqlen:,} tokens, {found.dtype}"
-    yield "text", f"{printable(found.text, 400)}: {windows}"
+    yield "text", printable(found.text, 400)
+    yield "windows", f"{found.windows:,} of {found.seqlen:,} tokens, {found.dtype}"
+    yield from (("", printable(note, 400)) for note in found.notes)
     base = found.against
     perplexity = f"{found.perplexity:.4f}"
     if base is not None:

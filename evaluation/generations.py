@@ -108,13 +108,14 @@ def continuations(
     Returns:
         For each prompt its generated tokens, the end token included.
     """
-    found = []
+    found: list[list[int]] = []
+    generate: Any = model.generate  # of a union of classes, and typed in none
     if prompts:
         report.stage(f"generate, {label}", len(prompts), "prompt")
     with _greedy(model, max_new_tokens):
         for done, prompt in enumerate(prompts, 1):
             given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-            out: Any = model.generate(**given.to(model.device))
+            out = generate(**given.to(model.device))
             found.append(out[0, given["input_ids"].shape[1] :].tolist())
             report.step(done)
     return found

@@ -165,7 +165,8 @@ def _generate(
     # The speed does not depend on which tokens they are.
     prompt = torch.arange(prompt_tokens, device=model.device)[None] % model.config.vocab_size
     clock = Clock()
-    model.generate(
+    generate: Any = model.generate  # of a union of classes, and typed in none
+    generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         generation_config=GenerationConfig(

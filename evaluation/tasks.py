@@ -175,8 +175,7 @@ def run_tasks(
     batch = "auto" if model.device.type == "cuda" else 1
     with _quiet(), _bars_reported(report), torch.random.fork_rng():
         try:
-            # Its annotation lacks PeftModel, which the harness itself passes there.
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)  # type: ignore[arg-type]
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
             results = simple_evaluate(
                 model=wrapped,
                 tasks=list(tasks.objects),
@@ -259,7 +258,7 @@ def _bars_reported(report: Reporter) -> Iterator[None]:
     from lm_eval.api import task
     from lm_eval.models import huggingface
 
-    class Stage(tqdm.tqdm):  # type: ignore[type-arg]
+    class Stage(tqdm.tqdm):  # type: ignore[misc]
         begun = False
 
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -13,7 +13,7 @@ from rilq.evaluation import evaluate as evaluation
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate  # noqa: E402 - imported once, and not in each child
-from lm_eval.models import huggingface as _  # noqa: E402, F401
+from lm_eval.models import huggingface  # noqa: E402, F401
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def test_killed_while_it_scores_tasks_it_does_not_stream_again(
     assert (tmp_path / "work").is_dir()
     ended = evaluate(*asked)
     assert ended.code == 0, ended.err
-    assert "continuing after worst" in ended.err
+    assert "continuing after 'worst'" in ended.err
     assert len(json.loads(ended.out)["generations"]) == 2
     assert not (tmp_path / "work").exists()
 
@@ -160,7 +160,7 @@ def test_killed_while_it_scores_tasks_it_does_not_stream_again(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--tasks", "agreemnt", "--task-path", "examples/tasks"), "there is no such task"),
+        (("--tasks", "agreement", "--task-path", "examples/none"), "none: is not a folder"),
         (("--limit", 3, "--num-fewshot", 1), "--num-fewshot, --limit: for tasks, and none"),
         (("--tasks", "agreement", "--limit", 0), "--limit 0: expected 1 or more"),
         (("--tasks", "examples/tasks/none.yaml"), "none.yaml: cannot be read"),
