@@ -70,14 +70,11 @@ def _figure_rows(found: "Evaluation") -> Iterator[tuple[str, str]]:
     if base is not None:
         yield from _divergence_rows(base)
     if errors := found.layer_errors:
+        shown = f"{errors[0]:.3g} after the first, {errors[-1]:.3g} after the last"
         worst = max(range(len(errors)), key=errors.__getitem__)
-        yield (
-            "layer errors",
-            (
-                f"{errors[0]:.3g} after the first, {errors[-1]:.3g} after the last; "
-                f"most after layer {worst}, {errors[worst]:.3g}"
-            ),
-        )
+        if worst not in (0, len(errors) - 1):
+            shown += f"; most after layer {worst}, {errors[worst]:.3g}"
+        yield "layer errors", shown
     if found.speed is not None:
         yield from _speed_rows(found.speed)
 

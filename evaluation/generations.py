@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig
 
 from rilq.errors import InputError, OptionError, one_line
@@ -17,7 +18,6 @@ from rilq.evaluation.figures import Generation
 from rilq.progress import Reporter
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 64
@@ -127,12 +127,14 @@ def _greedy(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> Iterator
 
     `generate` fills what it is not told from them, so they have to go for the while.
     """
-    own = model.generation_config
+    # PEFT generates with the settings of the model inside.
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = inner.generation_config
     pad = own.pad_token_id
     end = own.eos_token_id
     if pad is None:  # one row is never padded; without a value, transformers warns
         pad = end[0] if isinstance(end, list) else end
-    model.generation_config = GenerationConfig(
+    inner.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         bos_token_id=own.bos_token_id,
@@ -142,7 +144,7 @@ def _greedy(model: PreTrainedModel | PeftModel, max_new_tokens: int) -> Iterator
     try:
         yield
     finally:
-        model.generation_config = own
+        inner.generation_config = own
 
 
 def compared(

@@ -56,7 +56,12 @@ def measure_speed(place: Place, report: Reporter) -> Speed | None:
         text=True,
         errors="replace",
         # The current folder may hold modules of any name; they are not to be imported.
-        env={**os.environ, "PYTHONSAFEPATH": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        env={
+            "OMP_WAIT_POLICY": "PASSIVE",  # as the commands set it
+            **os.environ,
+            "PYTHONSAFEPATH": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        },
     )
     if finished.returncode != 0:
         said = finished.stderr.strip().splitlines() or ["it said nothing"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rilq.errors import InputError, OptionError
@@ -45,6 +46,26 @@ def test_a_model_s_own_generation_settings_change_nothing(
         do_sample=True, temperature=3.0, top_k=2, repetition_penalty=9.0, no_repeat_ngram_size=1
     )
     assert written(other, tokenizer) == written(model, tokenizer)
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])  # each has a way of its own to generate
+# PEFT 0.21 asks transformers 5.23 for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_model_with_a_lora_is_continued_as_the_same_model_with_it_merged(
+    tiny_llama: Path, model: Any, tokenizer: PreTrainedTokenizerBase, task: str | None
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(
+            r=4, target_modules=["down_proj"], init_lora_weights=False, task_type=task
+        )
+        other = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).eval()
+    other.generation_config.repetition_penalty = 9.0
+    found = written(other, tokenizer)
+    assert other.generation_config.repetition_penalty == 9.0
+    assert found != written(model, tokenizer)
+    merged = other.merge_and_unload()
+    assert found == written(merged, tokenizer)
 
 
 def test_a_continuation_ends_with_the_end_token(
