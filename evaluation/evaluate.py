@@ -156,6 +156,7 @@ def _figures_only(function: Callable[P, tuple[Evaluation, Passages]]) -> Callabl
     def figures(*args: P.args, **options: P.kwargs) -> Evaluation:
         return function(*args, **options)[0]
 
+    figures.__name__ = figures.__qualname__ = "evaluate"
     return figures
 
 
