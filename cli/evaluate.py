@@ -43,7 +43,7 @@ def evaluate(
     text_key: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
     tasks: Annotated[
         list[str] | None,
-        option(TASKS, "Names or YAML files, separated by commas. [repeatable]"),
+        option(TASKS, "Names or YAML files, separated by commas; repeatable."),
     ] = None,
     num_fewshot: Annotated[
         int | None, option(TASKS, "Examples in each prompt. (default: the task's)")

@@ -50,7 +50,6 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> LoadedTasks:
         InputError: a file is not YAML, or a task's data cannot be loaded.
     """
     try:
-        import lm_eval.models  # noqa: F401 - not part of its smallest installation
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import pattern_match
     except ImportError as err:

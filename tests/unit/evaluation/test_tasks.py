@@ -187,6 +187,7 @@ def make_task(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.mark.slow  # all tasks of the harness are read
 def test_an_unknown_task_is_refused_with_names_close_to_it() -> None:
     with pytest.raises(OptionError, match="--tasks agreemnt: .* neither in .*\n.*agreement"):
         load_tasks(["agreemnt"], EXAMPLES)
@@ -240,7 +241,7 @@ def test_what_the_harness_cannot_do_is_one_message(
 
 
 def test_a_missing_harness_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.models", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(OptionError, match=r"pip install 'rilq\[eval\]'"):
         load_tasks(["agreement"], EXAMPLES)
 
