@@ -114,6 +114,7 @@ def evaluate_with_passages(
         if base is not None and prompts:
             with _in_memory(base) as (other, tokenizer):
                 written = continuations(prompts, other, tokenizer, max_new_tokens, "base", report)
+                del other  # else its memory would not be free when the next one is loaded
         if tasks or prompts:
             with _in_memory(place) as (this, tokenizer):
                 own = continuations(prompts, this, tokenizer, max_new_tokens, "model", report)
@@ -130,6 +131,7 @@ def evaluate_with_passages(
                         limit=limit,
                         report=report,
                     )
+                del this
         timed = measure_speed(place, report) if speed else None
         return replace(figures, tasks=scores, generations=generations, speed=timed)
 

@@ -188,8 +188,7 @@ def run_tasks(
         except Exception as err:  # whatever a task's own code and templates raise
             raise RilqError(
                 f"--tasks: lm-evaluation-harness gave up: {one_line(err)}\n"
-                "  check the task's file, --num-fewshot and --limit; what was measured before is "
-                "measured again"
+                "  check the task's file, --num-fewshot and --limit"
             ) from err
     return figures_of(results)
 
