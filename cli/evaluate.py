@@ -1,6 +1,7 @@
 """`rilq eval`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +9,17 @@ from rich.console import Console
 
 import rilq
 from rilq.cli.app import app
-from rilq.cli.options import AsJson, Device, Dtype, LogFile, Model, Quiet, Revision
+from rilq.cli.options import (
+    OUT,
+    AsJson,
+    Device,
+    Dtype,
+    LogFile,
+    Model,
+    Quiet,
+    Revision,
+    option,
+)
 from rilq.cli.session import reporting, stoppable, user_errors
 from rilq.cli.tables import evaluation_table
 
@@ -23,21 +34,31 @@ def evaluate(
         int | None, typer.Option(help="Context. (default: 2048, or the model's maximum)")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Base model: adds KL divergence and top-1 agreement.")
+        str | None,
+        typer.Option(help="Base model: adds KL divergence, agreement, layers and worst passages."),
     ] = None,
     text_key: Annotated[str, typer.Option(help="Key of the text in a record.")] = "text",
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    work_dir: Annotated[
+        Path | None,
+        option(OUT, "State of a run that can be stopped. (default: <model>.rilq-eval-work)"),
+    ] = None,
+    resume: Annotated[str, option(OUT, "auto, never or required.")] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
 ) -> None:
     """Perplexity of any checkpoint, dense or ours, streamed layer by layer."""
+    with user_errors():
+        from rilq.evaluation.identity import default_work
+
+        work = work_dir or default_work(model)
     with (
         user_errors(),
-        stoppable("nothing was kept"),
-        reporting(quiet, log_file) as report,
+        stoppable(f"state is in {work}"),
+        reporting(quiet, log_file, work) as report,
     ):
         result = rilq.evaluate(
             model,
@@ -46,6 +67,8 @@ def evaluate(
             against=against,
             device=device,
             dtype=dtype,
+            work=work,
+            resume=resume,
             revision=revision,
             text_key=text_key,
             report=report,

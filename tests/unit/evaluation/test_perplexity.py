@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rilq.calib.activations import ActivationWriter
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.layers import StreamedModel
 from rilq.converter.quantizers import build_quantizer
 from rilq.errors import CheckpointError, OptionError, OutputError, RilqError
 from rilq.evaluation import forward
-from rilq.evaluation.divergence import DivergenceSum
+from rilq.evaluation.divergence import divergence
 from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.lora import find_adapter
 from rilq.evaluation.perplexity import evaluate
+from rilq.evaluation.scores import Scores
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
 from rilq.formats.native import RilqConfig, native_tensors
@@ -235,12 +237,14 @@ def test_bits_per_byte_counts_the_bytes_that_the_windows_spell(
     assert found.bits_per_byte == pytest.approx(bits)
 
 
-def test_bits_per_byte_is_unknown_for_records(
+def test_bits_per_byte_counts_the_text_of_records_and_not_their_json(
     tiny_llama: Path, tmp_path: Path, text_file: Path
 ) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text(json.dumps({"story": text_file.read_text()}))
-    assert run(tiny_llama, path, text_key="story").bits_per_byte is None
+    path.write_text(json.dumps({"id": 7, "story": text_file.read_text()}))
+    found, plain = run(tiny_llama, path, text_key="story"), run(tiny_llama, text_file)
+    assert found.tokens_digest == plain.tokens_digest
+    assert found.bits_per_byte == plain.bits_per_byte
 
 
 # -- against a base ----------------------------------------------------------------------------
@@ -272,12 +276,13 @@ def test_divergence_from_the_base_is_that_of_the_models_in_memory(
 
 
 def test_divergence_is_from_the_base_to_the_other_and_not_back() -> None:
-    total = DivergenceSum()
+    scores = Scores.empty(3, 1, vocabulary=2, compared=True)
     base, other = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
-    total.add(base=base.view(1, 1, 2), logits=other.view(1, 1, 2))
-    total.add(base=base.view(1, 1, 2), logits=base.view(1, 1, 2))
-    total.add(base=base.view(1, 1, 2), logits=base.flip(0).view(1, 1, 2))
-    found = total.result(2.0)
+    targets = torch.zeros(1, 1, dtype=torch.int64)
+    for window, logits in enumerate((other, base, base.flip(0))):
+        pair = [logits.view(1, 1, 2), base.view(1, 1, 2)]
+        scores.add(slice(window, window + 1), 0, pair, targets)
+    found = divergence(scores, 2.0)
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # by hand: 0.5108
     assert found.kl_max == pytest.approx(expected, rel=1e-5)
     assert found.kl_mean == pytest.approx(expected / 3, rel=1e-5)
@@ -315,20 +320,33 @@ def test_one_layer_at_a_time_is_in_memory_and_the_module_tree_comes_back(
     assert found == {name for name in streamed.checkpoint.tensors if ".layers." in name}
 
 
-def test_scratch_holds_three_boundaries_at_most_and_nothing_afterwards(
+def test_the_work_folder_holds_three_boundaries_at_most_and_is_gone_afterwards(
     native: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, rows: Tensor
 ) -> None:
-    scratch, boundary = tmp_path / "scratch", rows.numel() * 64 * 4
+    work, boundary = tmp_path / "work", rows.numel() * 64 * 4
     sizes: list[int] = []
+
+    def measure() -> None:
+        sizes.append(sum(f.stat().st_size for f in work.glob("*.bin")))
 
     class Watch(SilentReporter):
         def step(self, done: int, **figures: Any) -> None:
-            sizes.append(sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()))
+            measure()
 
-    run(native, text_file, against=str(tiny_llama), scratch=scratch, report=Watch())
-    # Two layers of the one, two of the other, then the scores.
-    assert sizes == [boundary, boundary, 2 * boundary, 2 * boundary, 2 * boundary]
-    assert list(scratch.iterdir()) == []
+    real = ActivationWriter.__exit__
+
+    def watched(writer: ActivationWriter, *error: Any) -> None:
+        real(writer, *error)
+        measure()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationWriter, "__exit__", watched)
+        run(native, text_file, against=str(tiny_llama), work=work, report=Watch())
+    # The embedding of both; of each layer the base's and the model's, before and after its commit;
+    # then the scores.
+    steps = [1, 2, *[3, 2, 3, 2] * 2, 2]
+    assert sizes == [count * boundary for count in steps]
+    assert not work.exists()
 
 
 def test_too_little_space_is_said_before_the_work(
@@ -341,10 +359,10 @@ def test_too_little_space_is_said_before_the_work(
     needed = 2 * rows.numel() * 64 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(OutputError, match="needed for hidden states"):
-        run(tiny_llama, text_file, scratch=tmp_path)
+        run(tiny_llama, text_file, work=tmp_path / "work")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    assert run(tiny_llama, text_file, scratch=tmp_path).windows
+    assert run(tiny_llama, text_file, work=tmp_path / "work").windows
 
 
 # -- what cannot work --------------------------------------------------------------------------
