@@ -93,9 +93,9 @@ def paired_intervals(
         ours, theirs = getattr(model, field), getattr(baseline, field)
         if ours is not None and theirs is not None:
             found[figure] = _of_means((ours - theirs) / model.tokens, resamples)
-    ratio = found["perplexity"]
-    ends = (math.exp(value) for value in (ratio.change, ratio.low, ratio.high))
-    return {**found, "perplexity": Interval("ratio", *ends, ratio.p)}
+    log = found["perplexity"]
+    change, low, high = (math.exp(value) for value in (log.change, log.low, log.high))
+    return {**found, "perplexity": Interval("ratio", change, low, high, log.p)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -114,7 +114,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _window_means(kl: NDArray[np.float16]) -> NDArray[np.float64]:
-    return kl.mean(axis=1, dtype=np.float64)
+    return np.asarray(kl.mean(axis=1, dtype=np.float64))
 
 
 def _of_means(differences: NDArray[np.float64], resamples: int) -> Interval:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from rilq.errors import printable
 from rilq.evaluation.comparison import Candidate, Comparison
+from rilq.evaluation.rules import plain
 
 _LONGEST = 10_000  # characters of a text
 
@@ -22,7 +23,7 @@ def junit_xml(comparison: Comparison) -> bytes:
         root.set(name, str(sum(int(suite.get(name, "0")) for suite in suites)))
     root.extend(suites)
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n"
+    return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)) + b"\n"
 
 
 def _suite(candidate: Candidate, comparison: Comparison) -> ElementTree.Element:
@@ -47,9 +48,7 @@ def _suite(candidate: Candidate, comparison: Comparison) -> ElementTree.Element:
             failure = ElementTree.SubElement(case, "failure", message=message, type="regression")
             failure.text = f"{label} against {baseline}\n{message}"
     if not candidate.outcomes:
-        ElementTree.SubElement(
-            suite, "testcase", classname=label, name=f"compared with {baseline}"
-        )
+        ElementTree.SubElement(suite, "testcase", classname=label, name=f"compared with {baseline}")
     told = ElementTree.SubElement(suite, "system-out")
     told.text = "\n".join([f"{label} against {baseline}", *_changes(candidate, comparison)])
     return suite
@@ -59,9 +58,9 @@ def _changes(candidate: Candidate, comparison: Comparison) -> list[str]:
     theirs = comparison.baseline.evaluation.figures()
     lines = []
     for figure, value in candidate.version.evaluation.figures().items():
-        line = f"{printable(figure)}: {value:.6g}"
+        line = f"{printable(figure)}: {plain(value)}"
         if figure in theirs:
-            line += f", baseline {theirs[figure]:.6g}"
+            line += f", baseline {plain(theirs[figure])}"
         if (change := candidate.changes.get(figure)) is not None:
             line += (
                 f", {change.kind} {change.change:.6g} ({change.low:.6g} to {change.high:.6g}), "

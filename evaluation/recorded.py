@@ -42,7 +42,9 @@ def _version(database: Database, run: Run) -> Version:
             f"run {run.id}: its figures are those of another version of rilq\n"
             "  measure the checkpoint again: rilq eval"
         ) from err
-    return Version(f"{run.checkpoint} (run {run.id})", run.id, evaluation, database.passages(run.id))
+    return Version(
+        f"{run.checkpoint} (run {run.id})", run.id, evaluation, database.passages(run.id)
+    )
 
 
 def differences(one: Evaluation, other: Evaluation) -> list[str]:

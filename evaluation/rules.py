@@ -16,12 +16,15 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from rilq.errors import InputError, OptionError, printable
 from rilq.evaluation.bootstrap import COMPARED, Interval
+
+Compares = Literal[">", ">=", "<", "<="]
+Kind = Literal["ratio", "difference", "value"]
 
 # Short names, as people write them.
 ALIASES = {
@@ -65,8 +68,8 @@ class Rule:
 
     text: str
     figure: str
-    compares: Literal[">", ">=", "<", "<="]
-    kind: Literal["ratio", "difference", "value"]
+    compares: Compares
+    kind: Kind
     limit: float
     significantly: bool = False
 
@@ -88,8 +91,14 @@ class Outcome:
 
     def __str__(self) -> str:
         """`ppl > 1.02x: perplexity 20.1, limit 19.9, baseline 19.5`."""
-        told = f"{self.rule.text}: {self.rule.figure} {self.value:.6g}, limit {self.allowed:.6g}"
-        return told if self.baseline is None else f"{told}, baseline {self.baseline:.6g}"
+        told = f"{self.rule.text}: {self.rule.figure} {plain(self.value)}"
+        told += f", limit {plain(self.allowed)}"
+        return told if self.baseline is None else f"{told}, baseline {plain(self.baseline)}"
+
+
+def plain(value: float) -> str:
+    """A figure for people: six digits, and bytes in full."""
+    return f"{value:.0f}" if abs(value) >= 1e6 else f"{value:.6g}"
 
 
 def parse_rule(text: str) -> Rule:
@@ -119,9 +128,7 @@ def parse_rule(text: str) -> Rule:
             f'--fail-if "{shown}": a limit is a multiple (1.02x), a difference (+0.1, -0.1) or '
             f"a value (20)\n  for example {_EXAMPLES}"
         )
-    kind: Literal["ratio", "difference", "value"] = (
-        "ratio" if times else "difference" if sign else "value"
-    )
+    kind: Kind = "ratio" if times else "difference" if sign else "value"
     significantly = found["significantly"] is not None
     if significantly and COMPARED.get(figure) != kind:
         known = (f"{name} with {kind}s" for name, kind in COMPARED.items())
@@ -132,10 +139,10 @@ def parse_rule(text: str) -> Rule:
     return Rule(
         " ".join(text.split()),
         figure,
-        found["op"],
+        cast(Compares, found["op"]),
         kind,
         limit,
-        significantly,  # type: ignore[arg-type]
+        significantly,
     )
 
 
@@ -156,14 +163,7 @@ def apply_rule(
     Raises:
         InputError: a figure or an interval that the rule needs is missing.
     """
-    lacking = [label] if rule.figure not in figures else []
-    if rule.kind != "value" and rule.figure not in baseline:
-        lacking.append("the baseline")
-    if lacking:
-        raise InputError(
-            f'--fail-if "{rule.text}": {" and ".join(lacking)} has no {rule.figure}\n'
-            f"  {_remedy(rule.figure)}"
-        )
+    check_figures([rule], {label: figures}, baseline)
     value, reference = figures[rule.figure], baseline.get(rule.figure)
     allowed = rule.limit
     if rule.kind == "ratio":
@@ -183,9 +183,34 @@ def apply_rule(
     return Outcome(rule, value, reference, allowed, violated)
 
 
+def check_figures(
+    rules: Sequence[Rule],
+    candidates: Mapping[str, Collection[str]],
+    baseline: Collection[str],
+) -> None:
+    """That rules can be applied: a figure that is missing is no pass.
+
+    Args:
+        candidates: names of the figures of each, by label.
+        baseline: names of the baseline's.
+
+    Raises:
+        InputError: a figure is missing; who lacks it is named.
+    """
+    for rule in rules:
+        lacking = [label for label, names in candidates.items() if rule.figure not in names]
+        if rule.kind != "value" and rule.figure not in baseline:
+            lacking.append("the baseline")
+        if lacking:
+            raise InputError(
+                f'--fail-if "{rule.text}": there is no {rule.figure} of {", ".join(lacking)}\n'
+                f"  {_remedy(rule.figure)}"
+            )
+
+
 def _remedy(figure: str) -> str:
     if figure in AGAINST_BASE:
-        return "give the base model that all are compared with: --against BASE"
+        return "name the base that all are measured against: --against BASE"
     if figure in SPEED:
         return "compare evaluations that measured it: rilq eval --speed"
     if "." in figure:
