@@ -20,6 +20,7 @@ from rilq.cli.options import (
     PUSH,
     TRAIN,
     AsJson,
+    Db,
     Device,
     Dtype,
     EvalText,
@@ -333,6 +334,7 @@ def convert(
         list[str] | None,
         option(OUT, "Also write <output>-<kind>, as `rilq export --to` does; repeatable."),
     ] = None,
+    db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -360,6 +362,7 @@ def convert(
             planned=lambda plan: show_plan(plan, report),
             exports={kind: _beside(options.output, kind) for kind in export or ()},
             push=pushing,
+            db=db,
         )
         if result.pushed is not None:
             show_push(result.pushed, report)

@@ -12,6 +12,7 @@ from rilq.cli.app import app
 from rilq.cli.options import (
     OUT,
     AsJson,
+    Db,
     Device,
     Dtype,
     LogFile,
@@ -46,6 +47,7 @@ def evaluate(
         option(OUT, "State of a run that can be stopped. (default: <model>.rilq-eval-work)"),
     ] = None,
     resume: Annotated[str, option(OUT, "auto, never or required.")] = "auto",
+    db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -72,6 +74,7 @@ def evaluate(
             revision=revision,
             text_key=text_key,
             report=report,
+            db=db,
         )
     if as_json:
         print(json.dumps(result.as_dict()))

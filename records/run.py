@@ -60,7 +60,7 @@ class LayerFigure:
 
     Attributes:
         error: relative squared error of its output against the full-precision layer's.
-        bits: stored per weight of its linears, on average; None if none is quantized.
+        bits: stored per weight of its quantized linears, on average; None if there is none.
     """
 
     index: int
@@ -88,7 +88,7 @@ class Run:
         job: hash of all that determines a conversion's result: runs that continued one another have
             the same one.
         recipe: of the conversion, as in `rilq.json`; empty for a full-precision model.
-        options: of the evaluation.
+        options: of the evaluation; of a conversion its texts and what was chosen automatically.
         versions: of rilq and the libraries that have an effect on the result.
         machine: processor, cores, memory, GPU, system.
         figures: all numbers found, by name: `perplexity`, `kl_p99`, `bits_per_weight`, ...
