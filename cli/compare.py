@@ -1,6 +1,7 @@
 """`rilq compare`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,9 @@ from rich.console import Console
 
 from rilq.cli.app import app
 from rilq.cli.comparison import comparison_tables
-from rilq.cli.options import DATA, OUT, AsJson, Device, Dtype, LogFile, Quiet, option
+from rilq.cli.options import DATA, OUT, AsJson, Db, Device, Dtype, LogFile, Quiet, option
 from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.errors import OutputError
 
 RULES = "Rules"
 
@@ -49,9 +51,7 @@ def compare(
                       "'kl_p99 > +0.1', 'top1 < 0.95'; repeatable."),
     ] = None,
     junit: Annotated[Path | None, option(RULES, "Also write JUnit XML to this file.")] = None,
-    db: Annotated[
-        str | None, option(OUT, "Database of runs; none for none. (default: rilq.db beside A)")
-    ] = None,
+    db: Db = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     work_dir: Annotated[
@@ -69,6 +69,10 @@ def compare(
         from rilq.evaluation.junit import junit_xml
         from rilq.formats.durable import write_bytes
 
+        if junit is not None and not os.access(junit.absolute().parent, os.W_OK):
+            raise OutputError(
+                f"--junit {junit}: the folder is not there, or cannot be written\n  make it first"
+            )
         found = rilq.compare(
             models,
             text=text,
@@ -77,7 +81,7 @@ def compare(
             against=against,
             baseline=baseline,
             fail_if=fail_if or (),
-            database=_database(db, models),
+            db=db,
             device=device,
             dtype=dtype,
             work=work_dir,
@@ -92,10 +96,3 @@ def compare(
         Console(highlight=False).print(comparison_tables(found))
     if found.violations:
         raise typer.Exit(1)
-
-
-def _database(db: str | None, models: list[str]) -> Path | None:
-    if db is not None:
-        return None if db == "none" else Path(db)
-    folders = [Path(model) for model in models if Path(model).is_dir()]
-    return (folders[0].resolve().parent if folders else Path()) / "rilq.db"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, cast, get_args
 
 import torch
@@ -15,24 +15,32 @@ from rilq.calib.dataset import FIELD_SEQLEN, evaluation_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import load_tokenizer
 from rilq.converter.machine import measure_machine
-from rilq.converter.pipeline import versions
-from rilq.errors import InputError, OptionError, printable
+from rilq.errors import OptionError, printable
 from rilq.evaluation.comparison import Comparison, Version, hold_against
-from rilq.evaluation.figures import Evaluation, Passages
 from rilq.evaluation.perplexity import measure_texts
 from rilq.evaluation.recorded import (
     Pick,
     check_comparable,
     find_baseline,
+    no_baseline,
+    other_evaluations,
     recorded_of,
     recorded_version,
 )
 from rilq.evaluation.rules import AGAINST_BASE, Rule, check_figures, parse_rule
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.hub import open_source
-from rilq.formats.verify import MANIFEST_NAME, file_hash
+from rilq.formats.verify import MANIFEST_NAME
 from rilq.progress import Reporter, SilentReporter
-from rilq.records.database import Database, open_database, read_database
+from rilq.records.database import Database, read_database
+from rilq.records.evaluation import (
+    database_of,
+    evaluation_found,
+    measured_run,
+    recorded_options,
+)
+from rilq.records.place import AUTO, database_for
+from rilq.records.recorder import recording
 from rilq.records.run import Run
 
 _ALWAYS = ("perplexity", "bits_per_byte", "bits_per_weight", "size_bytes")
@@ -58,28 +66,26 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Target:
-    """A checkpoint to compare, its `rilq.json` (empty without one), and which model it is."""
+    """A checkpoint to compare, and what a record says of it.
+
+    Attributes:
+        converted: it has a `rilq.json`, by which its content is known.
+        base: name and commit of the model on the Hub that it was made from; None if there is none.
+    """
 
     name: str
     checkpoint: Checkpoint
-    manifest: dict[str, Any]
+    run: Run
 
     @property
-    def label(self) -> str:
-        return self.name if self.checkpoint.source.commit else Path(self.name).resolve().name
+    def converted(self) -> bool:
+        return bool(self.run.recipe)
 
     @property
-    def source_hash(self) -> str:
-        """Of the headers of the full-precision model."""
-        source = self.manifest.get("source", {})
-        return str(source.get("header_hash") or self.checkpoint.header_hash())
-
-    @property
-    def content_hash(self) -> str:
-        """As `Run` has it; that of headers alone does not tell two trainings apart."""
-        if not self.manifest:
-            return self.checkpoint.header_hash()
-        return file_hash(self.checkpoint.source.path(MANIFEST_NAME))
+    def base(self) -> tuple[str, str] | None:
+        source = (self.checkpoint.read_json(MANIFEST_NAME) or {}).get("source", {})
+        commit = source.get("commit") if self.converted else None
+        return (self.run.model, str(commit)) if commit else None
 
 
 def compare(
@@ -90,7 +96,7 @@ def compare(
     against: str | None = None,
     baseline: str | None = None,
     fail_if: Sequence[str] = (),
-    database: Path | None = None,
+    db: str | Path = AUTO,
     text_key: str = "text",
     device: str = "auto",
     dtype: str = "auto",
@@ -112,7 +118,8 @@ def compare(
         baseline: "latest" or "best" of the records (see `find_baseline`), or one more of what
             `models` takes; None for the first model.
         fail_if: rules; see `rilq.evaluation.rules`.
-        database: of the runs; None for none.
+        db: file of the database of runs, or "none"; "auto" is what RILQ_DB says, else `rilq.db`
+            beside the first checkpoint if that is a converted one, or in the current folder.
         report: receives progress.
 
     Raises:
@@ -128,58 +135,71 @@ def compare(
             "one checkpoint alone cannot be compared\n"
             "  name another one, or a --baseline: latest, best, a run or a checkpoint"
         )
-    with _opened(database, names, pick) as records:
+    targets = {n: _open(name) for n, name in enumerate(names) if not name.isdecimal()}
+    place = _database(targets, db)
+    with _opened(place, names, pick) as records:
         known = {
             number: recorded_version(cast(Database, records), int(name))
             for number, name in enumerate(names)
-            if name.isdecimal()
+            if number not in targets
         }
         if known:
             check_comparable(list(known.values()))
-        targets = {n: _open(name) for n, name in enumerate(names) if n not in known}
+        runs = [
+            targets[number].run if number in targets else cast(Database, records).run(int(name))
+            for number, name in enumerate(names)
+        ]
+        if pick and not other_evaluations(cast(Database, records), runs):
+            raise no_baseline(cast(Database, records), pick)
         if targets:
-            question = _question(
-                targets, text, text_key, seqlen, against, device, dtype, report=report
-            )
-            known |= _recorded(records, targets, question, report)
+            question = _question(targets, text, text_key, seqlen, against, device, dtype, report)
+            asked = recorded_options(vars(question))
+            known |= _recorded(records, targets, question, asked, report)
             missing = {n: target for n, target in targets.items() if n not in known}
             _check_rules(rules, len(names), known, missing, question, pick)
             if missing:
-                known |= _measured(records, missing, question, work, resume, report)
+                known |= _measured(place, missing, question, asked, work, resume, report)
         found = [known[number] for number in range(len(names))]
         check_comparable(found)
         if pick:
-            found.insert(0, _picked(cast(Database, records), pick, found))
-        return hold_against(found[0], found[1:], rules)
+            judged = [
+                replace(run, evaluation=version.evaluation.as_dict())
+                for run, version in zip(runs, found, strict=True)
+            ]
+            found.insert(0, find_baseline(cast(Database, records), pick, judged))
+    return hold_against(found[0], found[1:], rules)
 
 
 # ---- before the work ----------------------------------------------------------------------------
+
+
+def _open(name: str) -> _Target:
+    run = measured_run(name)
+    # int32: the packed codes of a converted checkpoint.
+    checkpoint = Checkpoint.open(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
+    return _Target(name, checkpoint, run)
+
+
+def _database(targets: dict[int, _Target], db: str | Path) -> Path | None:
+    if targets:
+        return database_of(targets[min(targets)].run, db)
+    return database_for(db, Path())
 
 
 @contextmanager
 def _opened(
     database: Path | None, names: Sequence[str], pick: Pick | None
 ) -> Iterator[Database | None]:
+    """The records, to be read; None if there are none and none are asked for."""
     runs = [name for name in names if name.isdecimal()]
-    if database is None:
-        if runs or pick:
-            wanted = f"run {runs[0]}" if runs else f"--baseline {pick}"
-            raise OptionError(f"{wanted}: needs the database of runs\n  pass --db with the file")
+    if database is None and (runs or pick):
+        wanted = f"run {runs[0]}" if runs else f"--baseline {pick}"
+        raise OptionError(f"{wanted}: needs the database of runs\n  pass --db with the file")
+    if database is None or not (runs or pick or database.exists()):
         yield None
-    elif len(runs) == len(names) or not database.exists() and (runs or pick):
-        with read_database(database) as records:
-            yield records
-    else:
-        with open_database(database) as records:
-            yield records
-
-
-def _open(name: str, revision: str | None = None) -> _Target:
-    # int32: the packed codes of a converted checkpoint.
-    checkpoint = Checkpoint.open(
-        open_source(name, revision=revision), dtypes=SOURCE_DTYPES | {torch.int32}
-    )
-    return _Target(name, checkpoint, checkpoint.read_json(MANIFEST_NAME) or {})
+        return
+    with read_database(database) as records:
+        yield records
 
 
 def _question(
@@ -190,7 +210,6 @@ def _question(
     against: str | None,
     device: str,
     dtype: str,
-    *,
     report: Reporter,
 ) -> _Question:
     """What to measure, the base found.
@@ -207,8 +226,7 @@ def _question(
     if against == "none":
         against = None
     elif against is None:
-        sources = [target.manifest.get("source", {}) for target in targets.values()]
-        bases = {(each["name"], each["commit"]) for each in sources if each.get("commit")}
+        bases = {target.base for target in targets.values() if target.base is not None}
         if len(bases) == 1:
             against, commit = bases.pop()
         else:
@@ -231,7 +249,9 @@ def _check_rules(
     figures: dict[int, tuple[str, dict[str, Any]]] = {
         number: (version.label, dict(version.evaluation.figures()))
         for number, version in known.items()
-    } | {n: (target.label, dict.fromkeys(question.figures)) for n, target in missing.items()}
+    } | {
+        n: (target.run.checkpoint, dict.fromkeys(question.figures)) for n, target in missing.items()
+    }
     first = 0 if pick else 1
     candidates = dict(figures[number] for number in range(first, count))
     # What is picked has the same figures, but for those of tasks and speed, which is seen then.
@@ -243,36 +263,42 @@ def _check_rules(
 
 
 def _recorded(
-    records: Database | None, targets: dict[int, _Target], question: _Question, report: Reporter
+    records: Database | None,
+    targets: dict[int, _Target],
+    question: _Question,
+    asked: dict[str, Any],
+    report: Reporter,
 ) -> dict[int, Version]:
     """Versions that need not be measured: the same content was, in the same way."""
-    # Without `rilq.json`, nothing short of reading a checkpoint tells its content.
-    converted = {number: target for number, target in targets.items() if target.manifest}
-    if records is None or not converted:
+    if records is None:
         return {}
-    first = targets[min(targets)]
-    seqlen = question.seqlen or min(
-        target.checkpoint.config.get("max_position_embeddings") or FIELD_SEQLEN
-        for target in targets.values()
-    )
+    # Of one that is not converted, nothing short of reading all of it tells the content.
+    measured = {
+        number: target
+        for number, target in targets.items()
+        if target.converted
+        and records.runs(command="eval", content_hash=target.run.content_hash, state="done")
+    }
+    if not measured:
+        return {}
+    sizes = [target.checkpoint.config.get("max_position_embeddings") for target in targets.values()]
     rows = evaluation_rows(
         parse_source(question.text),
-        load_tokenizer(first.checkpoint),
-        seqlen=min(seqlen, FIELD_SEQLEN) if question.seqlen is None else seqlen,
+        load_tokenizer(targets[min(targets)].checkpoint),
+        seqlen=question.seqlen or min(FIELD_SEQLEN, *(size or FIELD_SEQLEN for size in sizes)),
         text_key=question.text_key,
     )
     dtype = question.dtype
     if dtype == "auto":
         dtype = str(measure_machine(question.device).dtype).removeprefix("torch.")
-    base = _base_hash(question)
     found = {}
-    for number, target in converted.items():
+    for number, target in measured.items():
         version = recorded_of(
             records,
-            target.content_hash,
+            str(target.run.content_hash),
             tokens_digest=rows.digest,
             dtype=dtype,
-            base_hash=base,
+            base_hash=asked.get("base_hash"),
         )
         if version is not None:
             report.note(f"{target.name}: was measured in run {version.run}, which is used")
@@ -281,86 +307,37 @@ def _recorded(
 
 
 def _measured(
-    records: Database | None,
+    database: Path | None,
     targets: dict[int, _Target],
     question: _Question,
+    asked: dict[str, Any],
     work: Path | None,
     resume: str,
     report: Reporter,
 ) -> dict[int, Version]:
-    """Versions measured now, together, and recorded."""
-    started = time.time()
-    measured = measure_texts(
-        [target.name for target in targets.values()],
-        question.text,
-        text_key=question.text_key,
-        seqlen=question.seqlen,
-        against=question.against,
-        against_revision=question.against_revision,
-        device=question.device,
-        dtype=question.dtype,
-        work=work,
-        resume=resume,
-        report=report,
-    )
-    base = _base_hash(question)
-    found = {}
-    for (number, target), (evaluation, passages) in zip(targets.items(), measured, strict=True):
-        run = None
-        if records is not None:
-            run = _record(records, target, question, base, started, evaluation, passages)
-        label = target.label if run is None else f"{target.label} (run {run})"
-        found[number] = Version(label, run, evaluation, passages)
-    return found
-
-
-def _base_hash(question: _Question) -> str | None:
-    if question.against is None:
-        return None
-    return _open(question.against, question.against_revision).checkpoint.header_hash()
-
-
-def _record(
-    records: Database,
-    target: _Target,
-    question: _Question,
-    base: str | None,
-    started: float,
-    evaluation: Evaluation,
-    passages: Passages,
-) -> int:
-    source, commit = target.manifest.get("source", {}), target.checkpoint.source.commit
-    run = Run(
-        id=0,
-        command="eval",
-        started=started,
-        seconds=time.time() - started,
-        state="done",
-        model=source.get("name", target.label),
-        checkpoint=target.label,
-        place=f"{target.name}@{commit}" if commit else str(Path(target.name).resolve()),
-        source_hash=target.source_hash,
-        content_hash=target.content_hash,
-        recipe=target.manifest.get("recipe", {}),
-        options={"text": evaluation.text, "against": question.against, "base_hash": base},
-        versions=versions(),
-        figures=evaluation.figures(),
-        evaluation=evaluation.as_dict(),
-    )
-    return records.begin(run, passages)
-
-
-def _picked(records: Database, pick: Pick, candidates: Sequence[Version]) -> Version:
-    """The recorded baseline.
-
-    Raises:
-        InputError: there is none, or the candidates are of several models.
-    """
-    runs = [records.run(each.run) for each in candidates if each.run is not None]
-    hashes = {run.source_hash for run in runs}
-    if len(hashes) != 1 or None in hashes:
-        raise InputError(
-            f"--baseline {pick}: {', '.join(each.label for each in candidates)} are not versions "
-            "of one model\n  name the baseline: a run or a checkpoint"
+    """Versions measured now, together; each is a run in the database."""
+    folder = work or Path(gettempdir()) / "rilq"
+    with ExitStack() as stack:
+        recorders = []
+        for target in targets.values():
+            run = replace(target.run, options=asked)
+            recorder = stack.enter_context(recording(database, run, report, folder))
+            report = recorder.report
+            recorders.append(recorder)
+        measured = measure_texts(
+            [target.name for target in targets.values()],
+            work=work,
+            resume=resume,
+            report=report,
+            **vars(question),
         )
-    return find_baseline(records, pick, str(hashes.pop()), runs)
+        for recorder, found in zip(recorders, measured, strict=True):
+            recorder.tell(**evaluation_found(*found))
+    # Without a number it could not be written, which the recorder has said.
+    runs = [recorder.run for recorder in recorders]
+    return {
+        number: Version(
+            f"{run.checkpoint} (run {run.id})" if run.id else run.checkpoint, run.id or None, *found
+        )
+        for number, run, found in zip(targets, runs, measured, strict=True)
+    }

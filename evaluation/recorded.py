@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from rilq.errors import InputError, OptionError
@@ -82,40 +82,54 @@ def check_comparable(versions: Sequence[Version]) -> None:
         )
 
 
-def find_baseline(
-    database: Database, pick: Pick, source_hash: str, candidates: Sequence[Run]
-) -> Version:
+def find_baseline(database: Database, pick: Pick, candidates: Sequence[Run]) -> Version:
     """The recorded evaluation that candidates are held against.
 
     Args:
         pick: "latest" is the newest one; "best" has the lowest perplexity of those with no more
             bits per weight than the candidate that has most.
-        source_hash: of the full-precision model.
         candidates: recorded; they and what has their content are no baseline.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the candidates are of several models.
     """
-    contents = {each.content_hash for each in candidates}
     wanted = [Evaluation.from_dict(each.evaluation) for each in candidates if each.evaluation]
-    found = [
-        run
-        for run in database.runs(command="eval", source_hash=source_hash, state="done")
-        if run.content_hash not in contents and _fits(run, wanted)
-    ]
+    others = other_evaluations(database, candidates)
+    found = [run for run in others if _fits(run, wanted)]
     if pick == "best":
         limits = [each.bits_per_weight for each in wanted if each.bits_per_weight is not None]
         most = max(limits, default=math.inf)
         found = [run for run in found if run.figures.get("bits_per_weight", math.inf) <= most]
         found.sort(key=lambda run: run.figures["perplexity"])
     if not found:
-        of = "" if pick == "latest" else " with no more bits per weight"
-        raise OptionError(
-            f"--baseline {pick}: {database.path} has no other evaluation of this model on this "
-            f"text{of}\n  record one: rilq eval CHECKPOINT with the same --text, --seqlen and "
-            "--against"
-        )
+        raise no_baseline(database, pick)
     return _version(database, found[0])
+
+
+def other_evaluations(database: Database, candidates: Sequence[Run]) -> list[Run]:
+    """Finished evaluations of the same model as the candidates, but of other content; newest first.
+
+    Raises:
+        InputError: the candidates are of several models.
+    """
+    if len({each.source_hash for each in candidates}) > 1:
+        raise InputError(
+            f"{', '.join(each.checkpoint for each in candidates)}: are not versions of one model\n"
+            "  name the baseline: a run or a checkpoint"
+        )
+    contents = {each.content_hash for each in candidates}
+    runs = database.runs(command="eval", source_hash=candidates[0].source_hash, state="done")
+    return [run for run in runs if run.content_hash not in contents]
+
+
+def no_baseline(database: Database, pick: Pick) -> OptionError:
+    """The message for a database without one."""
+    of = "" if pick == "latest" else " with no more bits per weight"
+    return OptionError(
+        f"--baseline {pick}: {database.path} has no other evaluation of this model on this "
+        f"text{of}\n  record one: rilq eval CHECKPOINT with the same --text, --seqlen and "
+        "--against"
+    )
 
 
 def _fits(run: Run, wanted: Iterable[Evaluation]) -> bool:
@@ -143,7 +157,7 @@ def recorded_of(
     Args:
         base_hash: headers of the base; None for no comparison with one.
     """
-    for run in _evaluations(database, content_hash):
+    for run in database.runs(command="eval", content_hash=content_hash, state="done"):
         known = run.evaluation or {}
         if (
             known.get("tokens_digest") == tokens_digest
@@ -154,7 +168,3 @@ def recorded_of(
             if version.passages is not None:
                 return version
     return None
-
-
-def _evaluations(database: Database, content_hash: str) -> Iterator[Run]:
-    yield from database.runs(command="eval", content_hash=content_hash, state="done")

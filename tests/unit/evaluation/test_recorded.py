@@ -120,7 +120,7 @@ def test_latest_is_the_newest_other_evaluation_of_the_same_model_and_data(
     add("broken", 1.0, run={"evaluation": {"perplexity": 3}})
     add("mine", 25.0)
     candidate = add("mine", 25.0)
-    assert find_baseline(records, "latest", "s", [candidate]).run == wanted.id
+    assert find_baseline(records, "latest", [candidate]).run == wanted.id
 
 
 def test_best_has_the_lowest_perplexity_at_no_more_bits(
@@ -130,9 +130,9 @@ def test_best_has_the_lowest_perplexity_at_no_more_bits(
     wanted = add("w2", 22.0)
     add("worse", 23.0)
     candidate = add("mine", 25.0)
-    assert find_baseline(records, "best", "s", [candidate]).run == wanted.id
+    assert find_baseline(records, "best", [candidate]).run == wanted.id
     wide = add("wide", 17.0, bits_per_weight=4.5)
-    assert find_baseline(records, "best", "s", [wide, candidate]).label.startswith("w4")
+    assert find_baseline(records, "best", [wide, candidate]).label.startswith("w4")
 
 
 @pytest.mark.parametrize("pick", ["latest", "best"])
@@ -141,7 +141,7 @@ def test_without_another_evaluation_there_is_no_baseline(
 ) -> None:
     candidate = add("mine", 25.0)
     with pytest.raises(OptionError, match=f"--baseline {pick}: .* no other evaluation"):
-        find_baseline(records, pick, "s", [candidate])
+        find_baseline(records, pick, [candidate])
 
 
 @pytest.mark.parametrize(
