@@ -15,7 +15,9 @@ import pytest
 
 from rilq.errors import InputError, OutputError
 from rilq.evaluation.figures import Passages
+from rilq.records import connection as connection_module
 from rilq.records import schema
+from rilq.records.connection import explained
 from rilq.records.database import open_database, read_database
 from rilq.records.liveness import SILENCE
 from rilq.records.run import LayerFigure, LossPoint, Run, Sample, Stage
@@ -64,7 +66,10 @@ def in_process(code: str, *arguments: object) -> subprocess.Popen[str]:
     """
     script = textwrap.dedent(before) + textwrap.dedent(code)
     return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -168,6 +173,7 @@ def test_figures_can_be_asked_for_in_sql(path: Path) -> None:
 def test_two_processes_that_write_at_once_lose_nothing(path: Path) -> None:
     code = """
         print("ready", flush=True)
+        sys.stdin.readline()
         for index in range(40):
             with open_database(path) as database:
                 run = replace(RUN, model=sys.argv[2])
@@ -175,6 +181,12 @@ def test_two_processes_that_write_at_once_lose_nothing(path: Path) -> None:
                 database.save(replace(run, id=number, state="done", samples=(Sample(1, 2, 3, 4),)))
     """
     writers = [in_process(code, path, name) for name in ("one", "two")]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
     assert [writer.wait(60) for writer in writers] == [0, 0]
     with read_database(path) as database:
         for name in ("one", "two"):
@@ -239,6 +251,28 @@ def test_a_sign_of_life_takes_back_that_a_run_was_killed(path: Path) -> None:
         connection.close()
         database.save(run)
         assert database.run(run.id).state == "running"
+
+
+def test_a_database_that_stays_locked_is_named_with_what_to_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_database(path) as database:
+        database.begin(RUN)
+    monkeypatch.setattr(connection_module, "BUSY", 0.1)
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(OutputError, match="locked\n  another program has held it"):
+        with open_database(path):
+            pass
+    holder.close()
+
+
+@pytest.mark.parametrize("said", ["locking protocol", "disk I/O error"])
+def test_a_file_system_without_locks_is_named(path: Path, said: str) -> None:
+    # What SQLite says on such a one, which a test cannot mount.
+    with pytest.raises(OutputError, match=f"{said}\n  .*without locks|has no locks"):
+        with explained(path):
+            raise sqlite3.OperationalError(said)
 
 
 # -- files that are not ours -----------------------------------------------------------------------
@@ -355,3 +389,17 @@ def test_a_database_that_cannot_be_written_is_read_as_it_is(
         with pytest.raises(OutputError, match="readonly"):
             database.begin(RUN)
     assert path.read_bytes() == content
+
+
+def test_the_queries_of_the_documentation_run(path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "runs.md").read_text()
+    queries = [part.split("```")[0] for part in text.split("```sql\n")[1:]]
+    with open_database(path) as database:
+        database.begin(RUN)
+        database.begin(replace(RUN, command="eval"))
+    connection = sqlite3.connect(path)
+    found = [connection.execute(query).fetchall() for query in queries]
+    connection.close()
+    assert found[0] == [("org/model", "model-w2g64-rilq", 2, 19.5)]
+    assert found[1] == [("layers", 1, 10.0, 1.0), ("train", 1, 2.5, 2e-9)]
+    assert found[2] == [(2, 1, 12.5)]
