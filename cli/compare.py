@@ -10,11 +10,11 @@ from rich.console import Console
 
 from rilq.cli.app import app
 from rilq.cli.comparison import comparison_tables
-from rilq.cli.options import DATA, OUT, AsJson, Db, Device, Dtype, LogFile, Quiet, option
+from rilq.cli.options import OUT, AsJson, Db, Device, Dtype, LogFile, Quiet, option
 from rilq.cli.session import reporting, stoppable, user_errors
 from rilq.errors import OutputError
 
-RULES = "Rules"
+TEXT, RULES = "Text", "Rules"
 
 
 @app.command()
@@ -22,22 +22,22 @@ def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="A B [C ...]",
+            metavar="CHECKPOINT|RUN",
             help="Checkpoints (folders, or owner/name on the Hub) or numbers of recorded "
             "evaluations; the first is the baseline.",
         ),
     ],
     text: Annotated[
         str | None,
-        option(DATA, "What checkpoints are measured on: a file, wikitext2, c4, or owner/name."),
+        option(TEXT, "What checkpoints are measured on: a file, wikitext2, c4, or owner/name."),
     ] = None,
-    text_key: Annotated[str, option(DATA, "Key of the text in a record.")] = "text",
+    text_key: Annotated[str, option(TEXT, "Key of the text in a record.")] = "text",
     seqlen: Annotated[
-        int | None, option(DATA, "Context. (default: 2048, or the models' maximum)")
+        int | None, option(TEXT, "Context. (default: 2048, or the models' maximum)")
     ] = None,
     against: Annotated[
         str | None,
-        option(DATA, "Base for KL and agreement; none for none. (default: on the Hub, as "
+        option(TEXT, "Base for KL and agreement; none for none. (default: on the Hub, as "
                      "rilq.json names it)"),
     ] = None,
     baseline: Annotated[

@@ -145,8 +145,8 @@ def _interval(
 
     A plain percentile interval is too short for few windows: resampling underestimates the
     variance by `(windows - 1) / windows`, and knows no t distribution. Taking its ends further out
-    makes up for both. In simulations with 20 to 400 skewed or heavy-tailed windows this covered
-    the truth more often than the plain one and than BCa (docs/compare.md).
+    makes up for both. In simulations it holds the truth more often than the plain one, and than BCa
+    where tails are heavy (docs/compare.md).
 
     Args:
         statistic: of window numbers `[..., windows]`: `[...]`.
@@ -183,7 +183,7 @@ class _WindowQuantile:
     """A quantile over the tokens of windows that were drawn several times, or not at all.
 
     Exact, with linear interpolation as `np.quantile` has it, but only the values near the quantile
-    are looked at: sorting the tokens of each draw would take a thousand times as long.
+    are looked at: sorting the tokens of each draw would take minutes.
 
     Args:
         kl: `[windows, tokens]`.
@@ -193,7 +193,7 @@ class _WindowQuantile:
     def __init__(self, kl: NDArray[np.float16], share: float) -> None:
         self._kl = kl.astype(np.float64)
         self._sorted, self._share = np.sort(self._kl, axis=None), share
-        # Counts up to 2**24 are exact in float32, and their products twice as fast.
+        # Counts up to 2**24 are exact in float32, and so are their sums.
         self._exact = np.float32 if kl.size < 1 << 24 else np.float64
         below = (self._kl <= np.quantile(self._sorted, share)).mean(axis=1)
         # How far the share below the quantile strays when windows are drawn: standard error.

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, cast, get_args
-
-import torch
 
 from rilq.calib.dataset import FIELD_SEQLEN, evaluation_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import load_tokenizer
 from rilq.converter.machine import measure_machine
-from rilq.errors import OptionError, printable
+from rilq.errors import OptionError
 from rilq.evaluation.comparison import Comparison, Version, hold_against
 from rilq.evaluation.perplexity import measure_texts
+from rilq.evaluation.question import Question, Target, ask, open_target
 from rilq.evaluation.recorded import (
     Pick,
     check_comparable,
@@ -27,65 +26,17 @@ from rilq.evaluation.recorded import (
     recorded_of,
     recorded_version,
 )
-from rilq.evaluation.rules import AGAINST_BASE, Rule, check_figures, parse_rule
-from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
-from rilq.formats.hub import open_source
-from rilq.formats.verify import MANIFEST_NAME
+from rilq.evaluation.rules import Rule, check_figures, parse_rule
 from rilq.progress import Reporter, SilentReporter
 from rilq.records.database import Database, read_database
 from rilq.records.evaluation import (
     database_of,
     evaluation_found,
-    measured_run,
     recorded_options,
 )
 from rilq.records.place import AUTO, database_for
 from rilq.records.recorder import recording
 from rilq.records.run import Run
-
-_ALWAYS = ("perplexity", "bits_per_byte", "bits_per_weight", "size_bytes")
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What is measured of every checkpoint; the fields are those of `measure_texts`."""
-
-    text: str
-    text_key: str
-    seqlen: int | None
-    against: str | None
-    against_revision: str | None
-    device: str
-    dtype: str
-
-    @property
-    def figures(self) -> tuple[str, ...]:
-        """Names of those that it gives, if the text's bytes are known."""
-        return _ALWAYS if self.against is None else (*_ALWAYS, *AGAINST_BASE)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A checkpoint to compare, and what a record says of it.
-
-    Attributes:
-        converted: it has a `rilq.json`, by which its content is known.
-        base: name and commit of the model on the Hub that it was made from; None if there is none.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    run: Run
-
-    @property
-    def converted(self) -> bool:
-        return bool(self.run.recipe)
-
-    @property
-    def base(self) -> tuple[str, str] | None:
-        source = (self.checkpoint.read_json(MANIFEST_NAME) or {}).get("source", {})
-        commit = source.get("commit") if self.converted else None
-        return (self.run.model, str(commit)) if commit else None
 
 
 def compare(
@@ -135,52 +86,39 @@ def compare(
             "one checkpoint alone cannot be compared\n"
             "  name another one, or a --baseline: latest, best, a run or a checkpoint"
         )
-    targets = {n: _open(name) for n, name in enumerate(names) if not name.isdecimal()}
+    targets = {n: open_target(name) for n, name in enumerate(names) if not name.isdecimal()}
     place = _database(targets, db)
     with _opened(place, names, pick) as records:
-        known = {
-            number: recorded_version(cast(Database, records), int(name))
-            for number, name in enumerate(names)
-            if number not in targets
-        }
-        if known:
-            check_comparable(list(known.values()))
-        runs = [
-            targets[number].run if number in targets else cast(Database, records).run(int(name))
-            for number, name in enumerate(names)
-        ]
-        if pick and not other_evaluations(cast(Database, records), runs):
-            raise no_baseline(cast(Database, records), pick)
+        recorded = _recorded(records, names)
+        check_comparable([version for _, version in recorded.values()])
+        known = {number: version for number, (_, version) in recorded.items()}
+        runs = {number: run for number, (run, _) in recorded.items()}
+        runs |= {number: target.run for number, target in targets.items()}
+        if pick and records and not other_evaluations(records, list(runs.values())):
+            raise no_baseline(records, pick)
         if targets:
-            question = _question(targets, text, text_key, seqlen, against, device, dtype, report)
+            question = ask(targets.values(), text, text_key, seqlen, against, device, dtype, report)
             asked = recorded_options(vars(question))
-            known |= _recorded(records, targets, question, asked, report)
+            known |= _answered(records, targets, question, asked, report)
             missing = {n: target for n, target in targets.items() if n not in known}
             _check_rules(rules, len(names), known, missing, question, pick)
             if missing:
                 known |= _measured(place, missing, question, asked, work, resume, report)
         found = [known[number] for number in range(len(names))]
         check_comparable(found)
-        if pick:
+        if pick and records:
             judged = [
-                replace(run, evaluation=version.evaluation.as_dict())
-                for run, version in zip(runs, found, strict=True)
+                replace(runs[number], evaluation=version.evaluation.as_dict())
+                for number, version in enumerate(found)
             ]
-            found.insert(0, find_baseline(cast(Database, records), pick, judged))
+            found.insert(0, find_baseline(records, pick, judged))
     return hold_against(found[0], found[1:], rules)
 
 
 # ---- before the work ----------------------------------------------------------------------------
 
 
-def _open(name: str) -> _Target:
-    run = measured_run(name)
-    # int32: the packed codes of a converted checkpoint.
-    checkpoint = Checkpoint.open(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
-    return _Target(name, checkpoint, run)
-
-
-def _database(targets: dict[int, _Target], db: str | Path) -> Path | None:
+def _database(targets: dict[int, Target], db: str | Path) -> Path | None:
     if targets:
         return database_of(targets[min(targets)].run, db)
     return database_for(db, Path())
@@ -202,47 +140,12 @@ def _opened(
         yield records
 
 
-def _question(
-    targets: dict[int, _Target],
-    text: str | None,
-    text_key: str,
-    seqlen: int | None,
-    against: str | None,
-    device: str,
-    dtype: str,
-    report: Reporter,
-) -> _Question:
-    """What to measure, the base found.
-
-    Raises:
-        OptionError: there is no text.
-    """
-    if text is None:
-        raise OptionError(
-            f"{printable(next(iter(targets.values())).name)}: is measured on a text, and none is "
-            "named\n  pass --text with a file, wikitext2, c4, or owner/name on the Hub"
-        )
-    commit = None
-    if against == "none":
-        against = None
-    elif against is None:
-        bases = {target.base for target in targets.values() if target.base is not None}
-        if len(bases) == 1:
-            against, commit = bases.pop()
-        else:
-            report.note(
-                f"{MANIFEST_NAME} names {'several bases' if bases else 'no base on the Hub'}: KL "
-                "and agreement are left out; --against BASE adds them"
-            )
-    return _Question(text, text_key, seqlen, against, commit, device, dtype)
-
-
 def _check_rules(
     rules: Sequence[Rule],
     count: int,
     known: dict[int, Version],
-    missing: dict[int, _Target],
-    question: _Question,
+    missing: dict[int, Target],
+    question: Question,
     pick: Pick | None,
 ) -> None:
     """Refuse what no measurement would answer, before any."""
@@ -262,10 +165,21 @@ def _check_rules(
 # ---- the evaluations ----------------------------------------------------------------------------
 
 
-def _recorded(
+def _recorded(records: Database | None, names: Sequence[str]) -> dict[int, tuple[Run, Version]]:
+    """The runs that are named, and what they measured."""
+    if records is None:
+        return {}
+    return {
+        number: recorded_version(records, int(name))
+        for number, name in enumerate(names)
+        if name.isdecimal()
+    }
+
+
+def _answered(
     records: Database | None,
-    targets: dict[int, _Target],
-    question: _Question,
+    targets: dict[int, Target],
+    question: Question,
     asked: dict[str, Any],
     report: Reporter,
 ) -> dict[int, Version]:
@@ -308,8 +222,8 @@ def _recorded(
 
 def _measured(
     database: Path | None,
-    targets: dict[int, _Target],
-    question: _Question,
+    targets: dict[int, Target],
+    question: Question,
     asked: dict[str, Any],
     work: Path | None,
     resume: str,

@@ -18,8 +18,8 @@ Pick = Literal["latest", "best"]
 _SAME = 1e-4
 
 
-def recorded_version(database: Database, number: int) -> Version:
-    """The evaluation of a run.
+def recorded_version(database: Database, number: int) -> tuple[Run, Version]:
+    """A run and its evaluation.
 
     Raises:
         InputError: there is no such run, or it measured nothing.
@@ -30,7 +30,7 @@ def recorded_version(database: Database, number: int) -> Version:
             f"run {number}: is a {run.command} ({run.state}), not a finished evaluation\n"
             "  give a run of `rilq eval`, as `rilq runs` lists them"
         )
-    return _version(database, run)
+    return run, _version(database, run)
 
 
 def _version(database: Database, run: Run) -> Version:
@@ -68,11 +68,10 @@ def check_comparable(versions: Sequence[Version]) -> None:
     Raises:
         InputError: they were not; what differs from the first is named.
     """
-    first = versions[0]
     lines = [
-        f"  {first.label} and {each.label}: {difference}"
+        f"  {versions[0].label} and {each.label}: {difference}"
         for each in versions[1:]
-        for difference in differences(first.evaluation, each.evaluation)
+        for difference in differences(versions[0].evaluation, each.evaluation)
     ]
     if lines:
         raise InputError(

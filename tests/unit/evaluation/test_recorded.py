@@ -57,7 +57,8 @@ def add(records: Database, make_evaluation: Callable[..., Evaluation]) -> Callab
 def test_a_recorded_evaluation_is_read_with_its_passages(
     records: Database, add: Callable[..., Run]
 ) -> None:
-    found = recorded_version(records, add("w2", 20.0).id)
+    run, found = recorded_version(records, add("w2", 20.0).id)
+    assert run.content_hash == "w2"
     assert (found.label, found.run, found.evaluation.perplexity) == ("w2 (run 1)", 1, 20.0)
     assert found.passages is not None
     np.testing.assert_array_equal(found.passages.loss, PASSAGES.loss)
