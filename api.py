@@ -6,6 +6,7 @@ Importing this imports torch and transformers, so `import rilq` leaves it until 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -127,16 +128,17 @@ def convert(
         try:
             result = pipeline.convert(job, record.report)
         except BaseException:
-            record.tell(losses=losses_so_far(chosen.work))
+            with suppress(Exception):  # what ended the conversion is what counts
+                record.tell(losses=losses_so_far(chosen.work))
             raise
         record.tell(**conversion_found(job, result))
-    state = "already converted by this command" if result.already_done else "done"
-    report.note(f"{result.output}: {state}")
-    if exports:
-        written = export(result.output, exports, device=chosen.device, report=report)
-        result = replace(result, exports=tuple(written))
-    if push is not None:
-        result = replace(result, pushed=push_folder(result.output, push, report))
+        state = "already converted by this command" if result.already_done else "done"
+        report.note(f"{result.output}: {state}")
+        if exports:
+            written = export(result.output, exports, device=chosen.device, report=record.report)
+            result = replace(result, exports=tuple(written))
+        if push is not None:
+            result = replace(result, pushed=push_folder(result.output, push, record.report))
     return result
 
 

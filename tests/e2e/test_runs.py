@@ -182,16 +182,18 @@ def test_python_records_too_and_where_it_is_told(
     assert [run.command for run in all_runs(tmp_path / "rilq.db")] == ["eval"]
 
 
+@pytest.mark.parametrize(("point", "count"), [("train:committed", 2), ("publish:after", 1)])
 def test_a_killed_conversion_is_marked_and_the_next_one_has_the_same_job(
-    tmp_path: Path, recorded: Any, arguments: Any
+    tmp_path: Path, recorded: Any, arguments: Any, point: str, count: int
 ) -> None:
     words = arguments(tmp_path)
-    assert recorded(*words, first=act_at("train:committed", 2, kill)).code == -signal.SIGKILL
+    assert recorded(*words, first=act_at(point, count, kill)).code == -signal.SIGKILL
     assert recorded(*words).code == 0
     first, second = all_runs(tmp_path / "rilq.db")
     assert (first.state, first.message) == ("failed", "killed")
     assert first.content_hash is None
     assert second.state == "done" and first.job == second.job
+    assert second.content_hash == file_hash(tmp_path / "out" / "rilq.json")
     assert [p.step for p in second.losses if (p.kind, p.term) == ("validation", "kl")] == [0, 2, 4]
 
 
