@@ -22,7 +22,7 @@ from rilq.cli.options import (
     option,
 )
 from rilq.cli.session import reporting, stoppable, user_errors
-from rilq.cli.tables import evaluation_table
+from rilq.cli.tables import evaluation_table, worst_passages
 
 
 @app.command("eval")
@@ -79,4 +79,5 @@ def evaluate(
     if as_json:
         print(json.dumps(result.as_dict()))
     else:
-        Console(highlight=False).print(evaluation_table(model, result))
+        console = Console(highlight=False)
+        console.print(evaluation_table(model, result), *worst_passages(result), sep="\n")

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from rilq.errors import printable
 from rilq.progress import Reporter, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -78,14 +80,38 @@ def plan_table(plan: "Plan") -> Table:
 
 
 def evaluation_table(model: str, result: "Evaluation") -> Table:
+    """The figures; what is told by token, layer or line of text is for `--json` and passages."""
     table = Table(title=model, show_header=False, title_justify="left")
     for name, value in result.as_dict().items():
         if isinstance(value, dict):
             for inner, figure in value.items():
-                table.add_row(f"{name} {inner}".replace("_", " "), _figure(figure))
-        elif value is not None:
+                if not isinstance(figure, tuple):
+                    table.add_row(f"{name} {inner}".replace("_", " "), _figure(figure))
+        elif value is not None and not isinstance(value, tuple):
             table.add_row(name.replace("_", " "), _figure(value))
+    if result.layer_errors:
+        shown = " ".join(f"{error:.3g}" for error in result.layer_errors)
+        table.add_row("layer errors", shown)
     return table
+
+
+def worst_passages(result: "Evaluation") -> list[Text]:
+    """Text where the model is farthest from its base, the worst token in brackets."""
+    shown = []
+    for passage in result.worst:
+        worst = passage.tokens[passage.worst]
+        text = Text(f"KL {worst.kl:.3g}, window {passage.window}: ", style="bold")
+        for index, token in enumerate(passage.tokens):
+            if index == passage.worst:
+                text.append(f"[{printable(token.text)}]", "reverse")
+            else:
+                text.append(printable(token.text), "not bold")
+        choices = [printable(choice) for choice in (passage.base_choice, passage.choice)]
+        text.append(
+            f"\n  most likely there: base {choices[0]!r}, this {choices[1]!r}", "dim not bold"
+        )
+        shown.append(text)
+    return shown
 
 
 def analysis_table(found: "Analysis") -> Table:

@@ -18,7 +18,7 @@ from rilq.evaluation.lora import PeftAdapter
 from rilq.progress import Reporter
 
 LAYER_TOKENS = 4096  # tokens that run through a layer at once; more gains nothing on a CPU
-LOGITS = 1 << 25  # logits of one model at once: 128 MB, and some six times that in a comparison
+LOGITS = 1 << 23  # logits of one model at once: 32 MB, and some six times that in a comparison
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,17 @@ def token_texts(
     def spelled(end: int) -> str:
         return str(tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False))
 
-    texts, before = [], spelled(start).rstrip(_BROKEN)
-    for end in range(start + 1, stop + 1):
+    # Decoders give up all of a run of bytes that begins within a character.
+    while begin > max(0, start - 4 * _BEFORE) and spelled(start).startswith(_BROKEN):
+        begin -= 1
+    texts, before = [], ""
+    for end in range(begin + 1, stop + 1):
         now = spelled(end)
         if end < stop:  # the last token takes what remains
             now = now.rstrip(_BROKEN)
         texts.append(now[len(before) :])
         before = max(before, now, key=len)
-    return texts
+    return texts[start - begin :]
 
 
 @torch.no_grad()
