@@ -164,7 +164,7 @@ def measure_texts(
             report.note(f"continuing after {folder.last_unit} of {place}")
             check_unchanged(folder, subjects)
         rows = _rows(folder, subjects[0], text, length, text_key, report)
-        _check_room(folder, subjects, rows.tokens)
+        _check_room(folder, subjects, rows.tokens, len(models) if base is not None else 0)
         tokenizer = load_tokenizer(subjects[0].streamed.checkpoint)
         chosen = subjects[: len(models)]
         with memory_errors_explained(lambda: f"after {folder.last_unit} of {place}"):
@@ -204,9 +204,14 @@ def _removed_if_fruitless(work: WorkDir) -> Iterator[None]:
         raise
 
 
-def _check_room(work: WorkDir, subjects: Sequence[Subject], tokens: Tensor) -> None:
-    there = sum(path.stat().st_size for path in work.path.glob("*.bin"))
-    check_room(work.path, states_bytes(subjects, tokens) - there)
+def _check_room(work: WorkDir, subjects: Sequence[Subject], tokens: Tensor, compared: int) -> None:
+    """That states and scores fit on the volume, besides those that are there.
+
+    Args:
+        compared: models with a base, of which a KL in float32 is kept for each token.
+    """
+    there = sum(f.stat().st_size for p in ("*.bin", "score-*") for f in work.path.glob(p))
+    check_room(work.path, states_bytes(subjects, tokens) + 4 * tokens.numel() * compared - there)
 
 
 @dataclass(frozen=True)

@@ -440,6 +440,30 @@ def test_a_branch_that_moves_between_two_runs_changes_nothing(
     assert source["commit"] == before
 
 
+def test_a_stopped_evaluation_goes_on_with_the_commits_that_it_began_with(
+    run_cli: Callable[..., Any], deep_hub: Any, deep_llama: Path, calib: Path, tmp_path: Path
+) -> None:
+    def evaluate(model: object, first: Callable[[], None] | None = None) -> Any:
+        def use_the_hub() -> None:
+            use_hub(deep_hub, tmp_path / "hf")
+            if first is not None:
+                first()
+
+        places = ("--work-dir", tmp_path / "work", "--device", "cpu", "--json")
+        words = ("--text", calib, "--seqlen", 32, "--against", DEEP, *places)
+        return run_cli("eval", model, *words, first=use_the_hub)
+
+    assert evaluate(DEEP, first=killed_at(20)).code == -signal.SIGKILL
+    deep_hub.add(DEEP, {p.name: p.read_bytes()[::-1] for p in deep_llama.iterdir()})
+    ended = evaluate(DEEP)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert (found["against"]["kl_max"], found["layer_errors"]) == (0, [0] * 6)
+    local = run_cli("eval", deep_llama, "--text", calib, "--seqlen", 32, "--json",
+                    "--device", "cpu", "--work-dir", tmp_path / "work")  # fmt: skip
+    assert json.loads(local.out)["perplexity"] == found["perplexity"]
+
+
 @pytest.mark.parametrize("mode", [(), ("--evict",)], ids=["cache", "evict"])
 def test_a_repository_deleted_once_all_layers_are_done_is_not_missed(
     mode: tuple[str, ...],
