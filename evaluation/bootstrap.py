@@ -145,13 +145,14 @@ def _interval(
 
     A plain percentile interval is too short for few windows: resampling underestimates the
     variance by `(windows - 1) / windows`, and knows no t distribution. Taking its ends further out
-    makes up for both. In simulations it holds the truth more often than the plain one, and than BCa
-    where tails are heavy (docs/compare.md).
+    makes up for both. In simulations it holds the truth more often than the plain one and than BCa
+    (docs/compare.md).
 
     Args:
         statistic: of window numbers `[..., windows]`: `[...]`.
 
-    Source: Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 3.2.
+    Source: the expanded percentile interval of Hesterberg 2015 (arXiv:1411.5279), "What Teachers
+    Should Know About the Bootstrap".
     """
     stretch, freedom = math.sqrt(windows / (windows - 1)), windows - 1
     tail = stats.norm.cdf(stretch * stats.t.ppf((1 - CONFIDENCE) / 2, freedom))
