@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rilq.converter.plan import check_fits as check_fits
     from rilq.errors import InputError as InputError
     from rilq.errors import RilqError as RilqError
+    from rilq.evaluation.compare import compare as compare
     from rilq.evaluation.export import export as export
     from rilq.evaluation.push import PushOptions as PushOptions
     from rilq.evaluation.push import push as push
@@ -46,6 +47,7 @@ _HOMES = {
     "SilentReporter": "rilq.progress",
     "analyze": "rilq.converter.analyze",
     "check_fits": "rilq.converter.plan",
+    "compare": "rilq.evaluation.compare",
     "convert": "rilq.api",
     "evaluate": "rilq.api",
     "export": "rilq.evaluation.export",

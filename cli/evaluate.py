@@ -68,12 +68,12 @@ def evaluate(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    db: Db = "auto",
     work_dir: Annotated[
         Path | None,
         option(OUT, "State of a run that can be stopped. (default: <model>.rilq-eval-work)"),
     ] = None,
     resume: Annotated[str, option(OUT, "auto, never or required.")] = "auto",
+    db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,

@@ -565,3 +565,24 @@ def test_unknown_revision_is_one_line_with_a_remedy(from_hub: Callable[..., Any]
     ended = from_hub("--revision", "nowhere")
     assert ended.code == 2 and len(ended.err.splitlines()) == 1
     assert "has no revision nowhere; its branches and tags are listed at" in ended.err
+
+
+def test_compare_takes_the_base_that_the_manifest_names_from_the_hub(
+    from_hub: Callable[..., Any],
+    deep_hub: Any,
+    tmp_path: Path,
+    calib: Path,
+    run_cli: Callable[..., Any],
+) -> None:
+    converted = from_hub()
+    assert converted.code == 0, converted.err
+    ended = run_cli(
+        *("compare", DEEP, tmp_path / "out", "--text", calib, "--seqlen", 32, "--device", "cpu"),
+        *("--db", tmp_path / "rilq.db", "--json"),
+        first=lambda: use_hub(deep_hub, tmp_path / "hf"),
+    )
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["baseline"]["label"] == f"{DEEP} (run 1)"
+    assert told["baseline"]["figures"]["kl_max"] == 0.0
+    assert told["candidates"][0]["figures"]["kl_mean"] > 0
