@@ -15,10 +15,14 @@ from rilq.formats.verify import MANIFEST_NAME, file_hash
 
 
 def default_work(model: str) -> Path:
-    """Work folder of a model's evaluation: beside a converted one, else in the current folder."""
-    folder = Path(model).expanduser().resolve()
+    """Work folder of a model's evaluation: beside a converted one, else in the current folder.
+
+    Where the current folder is the model's own, it is beside any.
+    """
+    folder, here = Path(model).expanduser().resolve(), Path().resolve()
     name = f"{folder.name}.rilq-eval-work"
-    return folder.with_name(name) if (folder / MANIFEST_NAME).is_file() else Path(name)
+    beside = (folder / MANIFEST_NAME).is_file() or folder in (here, *here.parents)
+    return folder.with_name(name) if beside else Path(name)
 
 
 def identity(number: int, model: str, subject: Subject) -> dict[str, Any]:

@@ -81,8 +81,9 @@ def test_a_run_that_lasts_can_be_looked_at(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(module, "SAVE", 0.05)
     path = tmp_path / "rilq.db"
     with recording(path, RUN, SilentReporter(), tmp_path) as record:
-        assert only_run(path).state == "running"
+        assert not path.exists()
         record.report.stage("layers", 1, "layer")
+        assert only_run(path).state == "running"
         record.tell(figures={"loss": 1.5})
         deadline = time.monotonic() + 10
         while not (seen := only_run(path)).figures and time.monotonic() < deadline:
@@ -104,9 +105,17 @@ def test_how_a_run_ended_is_told_and_raised(
     tmp_path: Path, raised: BaseException, state: str, message: str
 ) -> None:
     path = tmp_path / "rilq.db"
-    with pytest.raises(type(raised)), recording(path, RUN, SilentReporter(), tmp_path):
+    with pytest.raises(type(raised)), recording(path, RUN, SilentReporter(), tmp_path) as record:
+        record.report.stage("layers")
         raise raised
     assert (only_run(path).state, only_run(path).message) == (state, message)
+
+
+def test_bad_input_before_any_work_is_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "rilq.db"
+    with pytest.raises(InputError), recording(path, RUN, SilentReporter(), tmp_path):
+        raise InputError("x: is wrong")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("spoilt", ["garbage", "folder", "newer"])
