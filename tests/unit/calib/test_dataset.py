@@ -147,6 +147,16 @@ def test_notes_say_how_the_windows_lie(tmp_path: Path, tokenizer: Tok, text: str
     assert rows.notes == (expected,)
 
 
+def test_wikitext2_is_its_test_split_with_blank_lines_between_its_lines() -> None:
+    hub = sources._hub_set("wikitext2", evaluating=True)
+    assert hub is not None and hub.between is not None
+    assert (hub.name, hub.config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert (hub.split, hub.first) == ("test", None)
+    lines = ["", " = Title = ", "", "the dog ran"]
+    (whole,) = texts.joined((texts.Text(line, True) for line in lines), hub.between)
+    assert whole == texts.Text("\n\n = Title = \n\n\n\nthe dog ran", specials=True)
+
+
 def test_text_shorter_than_a_window_says_what_it_has(tmp_path: Path, tokenizer: Tok) -> None:
     have = len(_ids(tokenizer, "the dog"))
     with pytest.raises(DatasetError, match=rf"a\.txt: has {have} tokens, needs 2048 "):
