@@ -208,7 +208,7 @@ class _TextSize:
             return_attention_mask=False,
             verbose=False,
         )["offset_mapping"][: self._left]
-        end = max(end for _, end in places)  # special tokens lie at 0
+        end = max((end for _, end in places), default=0)  # special tokens lie at 0
         return self._bytes + len(last.text[:end].encode())
 
 

@@ -99,11 +99,15 @@ _EXHAUSTED = ("can't allocate memory", "not enough memory", "bad_alloc", "start 
 
 
 @contextmanager
-def memory_errors_explained(state: Callable[[], str]) -> Iterator[None]:
+def memory_errors_explained(
+    state: Callable[[], str],
+    less: str = "with a lower --seqlen or --batch-size, or with --student packed",
+) -> Iterator[None]:
     """Say in one screen that memory ran out, and where.
 
     Args:
         state: what is finished by then, for the message.
+        less: how less memory is needed.
 
     Raises:
         RilqError: in the place of what torch or the system raised.
@@ -121,8 +125,7 @@ def memory_errors_explained(state: Callable[[], str]) -> Iterator[None]:
         raise RilqError(
             f"memory ran out {state()}: {one_line(err)}\n"
             "  close other programs and run the same command again, it goes on from there; or "
-            "begin anew (--resume never) with a lower --seqlen or --batch-size, or with --student "
-            "packed"
+            f"begin anew (--resume never) {less}"
         ) from err
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rilq.calib.activations import ActivationStore
-from rilq.converter.machine import large_blocks_returned
+from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.workdir import WorkDir
 from rilq.evaluation.figures import WorstPassage
 from rilq.evaluation.forward import (
@@ -154,6 +154,7 @@ class Lockstep:
             base = self.base.states(index + 1)
             facts["error"] = squared_error(following, base, runner.subject.streamed.device)
         unit = f"layer {index}"
+        return_free_memory()  # else the heap grows by some megabytes from layer to layer
         self.work.commit(runner.name, unit, facts, passing={following.path: digest})
         finished = sum(max(0, each.done - 1) for each in self.runners)
         self.report.step(finished, **{k: round(v, 4) for k, v in facts.items()})

@@ -170,7 +170,9 @@ def measure_texts(
         _check_room(folder, subjects, rows.tokens, len(models) if base is not None else 0)
         tokenizer = load_tokenizer(subjects[0].streamed.checkpoint)
         chosen = subjects[: len(models)]
-        with memory_errors_explained(lambda: f"after {folder.last_unit} of {place}"):
+        with memory_errors_explained(
+            lambda: f"after {folder.last_unit} of {place}", "with a lower --seqlen"
+        ):
             measured = Lockstep(chosen, base, rows.tokens, tokenizer, folder, report).run()
         for subject in subjects:
             subject.streamed.drop_embeddings()

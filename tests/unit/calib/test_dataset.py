@@ -141,10 +141,36 @@ def test_bytes_of_a_text_that_is_cut_to_be_tokenized_are_all_counted(
     assert evaluation_rows(source, tokenizer, seqlen=16).text_bytes == whole.text_bytes
 
 
+def test_a_window_that_ends_among_special_tokens_counts_no_text_of_theirs(
+    tmp_path: Path, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    )
+    copy.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s> </s> </s>", special_tokens=[("</s>", 1)]
+    )
+    monkeypatch.setattr(texts, "_PIECE", 20)
+    document = "the dog ran home again today."
+    source, length = _lines(tmp_path, [{"text": document}]), len(_ids(tokenizer, document))
+    rows = evaluation_rows(source, copy, seqlen=length + 2)
+    assert rows.text_bytes == len(document)
+
+
 def test_notes_say_how_the_windows_lie(tmp_path: Path, tokenizer: Tok, text: str) -> None:
     rows = evaluation_rows(_file(tmp_path, text), tokenizer, seqlen=16)
     expected = f"{rows.sources[0]}: {len(rows.tokens)} windows of 16 tokens that do not overlap"
     assert rows.notes == (expected,)
+
+
+def test_wikitext2_is_its_test_split_with_blank_lines_between_its_lines() -> None:
+    hub = sources._hub_set("wikitext2", evaluating=True)
+    assert hub is not None and hub.between is not None
+    assert (hub.name, hub.config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert (hub.split, hub.first) == ("test", None)
+    lines = ["", " = Title = ", "", "the dog ran"]
+    (whole,) = texts.joined((texts.Text(line, True) for line in lines), hub.between)
+    assert whole == texts.Text("\n\n = Title = \n\n\n\nthe dog ran", specials=True)
 
 
 def test_text_shorter_than_a_window_says_what_it_has(tmp_path: Path, tokenizer: Tok) -> None:
