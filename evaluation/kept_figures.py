@@ -46,8 +46,7 @@ def measure_once(
         "seqlen": seqlen,
         "dtype": dtype,
     }
-    place = folder.resolve()
-    place = place.with_name(f"{place.name}.rilq-eval.json")
+    place = _place(folder)
     if (kept := _read(place, asked)) is not None:
         report.note(f"{place}: figures of an earlier push are used")
         return kept
@@ -70,11 +69,23 @@ def measure_once(
     return figures
 
 
+def kept_figures(folder: Path) -> list[Evaluation]:
+    """What an earlier push has measured of the checkpoint as it is now; empty if none did."""
+    asked = {"checkpoint": file_hash(folder / MANIFEST_NAME)}
+    figures = _read(_place(folder), asked)
+    return [] if figures is None else [figures]
+
+
+def _place(folder: Path) -> Path:
+    place = folder.resolve()
+    return place.with_name(f"{place.name}.rilq-eval.json")
+
+
 def _read(path: Path, asked: Mapping[str, Any]) -> Evaluation | None:
     try:
         content = json.loads(path.read_bytes())
-        if content["asked"] != asked:
+        if not asked.items() <= content["asked"].items():
             return None
         return Evaluation.from_dict(content["figures"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged
         return None

@@ -23,7 +23,9 @@ from rilq.evaluation.push_checks import (
     measured_folder,
 )
 from rilq.evaluation.reload import check_generates
-from rilq.evaluation.training_plot import training_plot
+from rilq.evaluation.report.plots import loss_plot
+from rilq.evaluation.report.subject import validation_losses
+from rilq.evaluation.report.svg import to_png
 from rilq.formats.export.kinds import possible
 from rilq.formats.export.source import NativeCheckpoint
 from rilq.formats.hub_push import LocalFile, Pushed, push_files
@@ -197,8 +199,8 @@ def push(
         force=options.force,
         report=report,
     )
-    if (plot := training_plot(manifest["quality"])) is not None:
-        files[CARD_PLOT] = LocalFile.of(plot)
+    if len(losses := validation_losses(manifest["quality"])) > 1:
+        files[CARD_PLOT] = LocalFile.of(to_png(loss_plot(losses)))
     at = target.at
     exports = {} if export else possible(NativeCheckpoint.open(folder, report).form)
     facts = CardFacts(at.endpoint, at.repo_id, at.revision, manifest, told, files, figures, exports)
