@@ -15,10 +15,12 @@ from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult
 from rilq.converter.plan import Plan
-from rilq.errors import CheckpointError, one_line
+from rilq.errors import CheckpointError, RilqError, one_line
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
+from rilq.evaluation.report.page import write_page
+from rilq.evaluation.report.subject import folder_subject
 from rilq.formats.export.kind import ExportOptions
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.progress import Reporter, SilentReporter
@@ -63,6 +65,7 @@ def convert(
     planned: Callable[[Plan], None] = ...,
     exports: Mapping[str, Path] = ...,
     push: PushOptions | None = ...,
+    page: Path | None = ...,
 ) -> ConvertResult: ...
 @overload
 def convert(
@@ -73,6 +76,7 @@ def convert(
     planned: Callable[[Plan], None] = ...,
     exports: Mapping[str, Path] = ...,
     push: PushOptions | None = ...,
+    page: Path | None = ...,
     **options: Any,
 ) -> ConvertResult: ...
 def convert(
@@ -82,6 +86,7 @@ def convert(
     planned: Callable[[Plan], None] = lambda plan: None,
     exports: Mapping[str, Path] = MappingProxyType({}),  # noqa: B008 - immutable
     push: PushOptions | None = None,
+    page: Path | None = None,
     **options: Any,
 ) -> ConvertResult:
     """Convert a checkpoint; a job that was stopped is continued by the same call.
@@ -94,6 +99,8 @@ def convert(
             before the work begins.
         push: where the result goes then, itself and none of its exports; the right to push is
             checked before the work begins.
+        page: where a report of the result is written, as one HTML file; that it cannot be is only
+            a warning.
         options: of `ConvertOptions`, by name; those left out, or None, are the recipe's.
 
     Raises:
@@ -112,12 +119,23 @@ def convert(
     result = pipeline.convert(job, report)
     state = "already converted by this command" if result.already_done else "done"
     report.note(f"{result.output}: {state}")
+    if page is not None and not (result.already_done and page.is_file()):
+        _write_report(result.output, page, report)
     if exports:
         written = export(result.output, exports, device=chosen.device, report=report)
         result = replace(result, exports=tuple(written))
     if push is not None:
         result = replace(result, pushed=push_folder(result.output, push, report))
     return result
+
+
+def _write_report(folder: Path, page: Path, report: Reporter) -> None:
+    try:
+        write_page(page, [folder_subject(folder)])
+    except (RilqError, OSError) as err:  # the checkpoint is whole all the same
+        report.warn(f"no report: {err}")
+    else:
+        report.note(f"{page}: report")
 
 
 def load(

@@ -10,6 +10,7 @@ import rilq
 from rilq.cli.app import app
 from rilq.cli.options import AsJson, Device, Dtype, LogFile, Model, Quiet, Revision
 from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.cli.summary import show_evaluation
 from rilq.cli.tables import evaluation_table
 
 
@@ -54,3 +55,5 @@ def evaluate(
         print(json.dumps(result.as_dict()))
     else:
         Console(highlight=False).print(evaluation_table(model, result))
+        if not quiet:
+            show_evaluation(model, text, result, Console(stderr=True, highlight=False))

@@ -12,7 +12,6 @@ from typing import Any
 from rilq.calib.sources import describe_source, parse_source
 from rilq.errors import OutputError
 from rilq.evaluation.figures import Evaluation
-from rilq.evaluation.perplexity import evaluate
 from rilq.formats.durable import write_bytes
 from rilq.formats.verify import MANIFEST_NAME, file_hash
 from rilq.progress import Reporter
@@ -50,6 +49,8 @@ def measure_once(
     if (kept := _read(place, asked)) is not None:
         report.note(f"{place}: figures of an earlier push are used")
         return kept
+    from rilq.evaluation.perplexity import evaluate  # slow, and not needed to read what is kept
+
     figures = evaluate(
         str(folder),
         text,

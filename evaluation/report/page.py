@@ -13,10 +13,13 @@ from importlib import resources
 from pathlib import Path
 
 import rilq
+from rilq.errors import OutputError
 from rilq.evaluation.report.comparison import comparison
 from rilq.evaluation.report.section import SHADES, section
 from rilq.evaluation.report.subject import Subject
 from rilq.formats.durable import write_bytes
+
+_MADE_BY = b'<meta name="generator" content="rilq">'
 
 
 def page_beside(output: Path) -> Path:
@@ -29,10 +32,30 @@ def write_page(path: Path, subjects: Sequence[Subject]) -> None:
     """Write the report of some checkpoints; the file appears whole or not at all.
 
     Raises:
-        OutputError: it cannot be written there.
+        OutputError: it cannot be written there, or something else has that name.
     """
+    check_page(path)
     # A lone surrogate, which a damaged tokenizer can make, is no character of UTF-8.
     write_bytes(path, make_page(subjects).encode("utf-8", errors="replace"))
+
+
+def check_page(path: Path) -> None:
+    """Refuse to replace what is no report.
+
+    Raises:
+        OutputError: there is such a thing.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            ours = _MADE_BY in file.read(4096)
+    except OSError:  # a folder, or not to be read
+        ours = False
+    if not ours:
+        raise OutputError(
+            f"{path}: is there already, and is no report of rilq\n  choose another name"
+        )
 
 
 def make_page(subjects: Sequence[Subject]) -> str:

@@ -113,9 +113,7 @@ def versions_plot(versions: Sequence[Version], *, ylabel: str, base: float | Non
 def kl_plot(found: Divergence) -> Figure:
     """How the KL per token is distributed, with its mean and 99th percentile; there are tokens."""
     figure, [axes] = _figure()
-    filled = [index for index, count in enumerate(found.kl_counts) if count]
-    counts = found.kl_counts[filled[0] : filled[-1] + 1]
-    edges = found.kl_edges[filled[0] : filled[-1] + 2]
+    edges, counts = found.filled_bins()
     shares = [100 * count / sum(counts) for count in counts]
     widths = [right - left for left, right in zip(edges, edges[1:], strict=False)]
     axes.bar(edges[:-1], shares, width=widths, align="edge", color=BLUE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from rilq.formats.shard import read_header
 from rilq.formats.verify import read_manifest
 from rilq.records.run import LayerFigure, LossPoint, Run
 
-_LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
-_PARTS = ("weight", "weight_scale", "zero_point")  # of a quantized linear
+_LAYER = re.compile(r"\.layers\.(\d+)\..+\.(weight|weight_scale|zero_point)$")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Subject:
         bits_per_weight, size_bytes: as of `Evaluation`.
         quality: further figures of `rilq.json`, by name.
         evaluations: the newest first, one for each text.
-        losses: of its training.
-        layers: as they were quantized.
+        losses: of its training; finite.
+        layers: as they were quantized, with finite errors.
         runs: conversion and evaluations whose stages were recorded.
         files: of the folder, with their checksums.
     """
@@ -85,7 +85,9 @@ def folder_subject(folder: Path, runs: Sequence[Run] = ()) -> Subject:
         files = [FileSum(n, f["size"], f["xxh3"]) for n, f in sorted(manifest["files"].items())]
         weights = sum(f.size for f in files if f.name.endswith((".safetensors", ".gguf")))
         errors, bits = quality.get("layer_errors", ()), _layer_bits(folder, manifest)
-        layers = tuple(LayerFigure(i, e, bits.get(i)) for i, e in enumerate(errors))
+        layers = tuple(
+            LayerFigure(i, e, bits.get(i)) for i, e in enumerate(errors) if e is not None
+        )
         return Subject(
             name=recorded.name,
             model=str(manifest["source"]["name"]),
@@ -134,8 +136,8 @@ def runs_subject(name: str, runs: Sequence[Run]) -> Subject:
         bits_per_weight=figures.get("bits_per_weight"),
         size_bytes=None if size is None else int(size),
         evaluations=evaluations,
-        losses=conversion.losses if conversion else (),
-        layers=conversion.layers if conversion else (),
+        losses=tuple(p for p in conversion.losses if isfinite(p.value)) if conversion else (),
+        layers=tuple(f for f in conversion.layers if isfinite(f.error)) if conversion else (),
         runs=tuple(run for run in reversed(runs) if run.stages),
     )
 
@@ -155,25 +157,25 @@ def _newest_of_each_text(evaluations: Iterable[Evaluation]) -> tuple[Evaluation,
 
 def _layer_bits(folder: Path, manifest: Mapping[str, Any]) -> dict[int, float]:
     """Stored bits per weight of the linears of each decoder layer that has a quantized one."""
-    found: dict[int, dict[str, int]] = {}  # layer to tensor name to bytes
-    weights: dict[int, int] = {}
+    sizes: dict[int, list[tuple[str, int, int]]] = {}  # layer to name, bytes, elements
     for name in manifest["files"]:
         path = folder / name
-        # Not the adapter's, which is no part of the base: only shards at the top.
+        # Shards lie at the top; an adapter beside the base does not.
         if "/" in name or path.suffix != ".safetensors" or not path.is_file():
             continue
         for tensor, info in read_header(path).tensors.items():
-            if not (match := _LAYER.search(tensor)):
-                continue
-            layer, part = int(match[1]), match[2].rpartition(".")[2]
-            if part in _PARTS and len(info.shape) == 2:
-                found.setdefault(layer, {})[tensor] = info.nbytes
-            if part == "weight_scale":
-                count = info.shape[0] * info.shape[1] * int(manifest["recipe"]["group_size"])
-                weights[layer] = weights.get(layer, 0) + count
-    for layer, tensors in found.items():
-        for tensor, size in tensors.items():
-            if tensor.endswith(".weight") and f"{tensor}_scale" not in tensors:
-                weights[layer] = weights.get(layer, 0) + size // 2  # kept in 16 bits
-    quantized = {n for n, tensors in found.items() if any("weight_scale" in t for t in tensors)}
-    return {n: 8 * sum(found[n].values()) / weights[n] for n in sorted(quantized)}
+            match = _LAYER.search(tensor)
+            if match and len(info.shape) == 2:
+                elements = info.shape[0] * info.shape[1]
+                sizes.setdefault(int(match[1]), []).append((tensor, info.nbytes, elements))
+    group_size, found = int(manifest["recipe"]["group_size"]), {}
+    for layer, tensors in sizes.items():
+        scales = {name for name, _, _ in tensors if name.endswith(".weight_scale")}
+        weights = sum(
+            elements * group_size if name in scales else elements
+            for name, _, elements in tensors
+            if name in scales or (name.endswith(".weight") and f"{name}_scale" not in scales)
+        )
+        if scales:
+            found[layer] = 8 * sum(size for _, size, _ in tensors) / weights
+    return found

@@ -25,6 +25,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "quantizer": "rtn", "group-size": 32, "nsamples": 12, "seqlen": 32, "steps": 4,
     "batch-size": 8, "val-every": 2, "device": "cpu", "output-dir": "out/{name}",
+    "report": False,
 }  # fmt: skip
 Run = Callable[..., Any]
 

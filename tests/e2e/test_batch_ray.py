@@ -26,6 +26,7 @@ RAY = (
 )
 ONE_CPU = {"num_cpus": 1}
 TINY = {
+    "report": False,
     "quantizer": "rtn", "group-size": 32, "nsamples": 12, "seqlen": 32, "steps": 4,
     "batch-size": 8, "val-every": 2, "device": "cpu", "output-dir": "out/{name}",
 }  # fmt: skip

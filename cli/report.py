@@ -1,0 +1,35 @@
+"""`rilq report`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rilq.cli.app import app
+from rilq.cli.options import AsJson, Quiet
+from rilq.cli.session import reporting, user_errors
+
+
+@app.command()
+def report(
+    subjects: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR|RUN...", help="Checkpoints made by rilq, or numbers of runs."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is known and measured of checkpoints on one page that needs no network."""
+    with user_errors(), reporting(quiet, None) as progress:
+        from rilq.evaluation.report.page import write_page
+        from rilq.evaluation.report.subject import folder_subject
+
+        found = [folder_subject(Path(each)) for each in subjects]
+        write_page(output, found)
+        progress.note(f"{output}: {', '.join(subject.name for subject in found)}")
+    if as_json:
+        print(json.dumps({"report": str(output), "subjects": [s.name for s in found]}))
