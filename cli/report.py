@@ -9,6 +9,7 @@ import typer
 from rilq.cli.app import app
 from rilq.cli.options import AsJson, Quiet
 from rilq.cli.session import reporting, user_errors
+from rilq.errors import OptionError
 
 
 @app.command()
@@ -28,6 +29,12 @@ def report(
         from rilq.evaluation.report.page import write_page
         from rilq.evaluation.report.subject import folder_subject
 
+        for folder in map(Path, subjects):
+            if folder.resolve() in output.resolve().parents:
+                raise OptionError(
+                    f"-o {output}: lies inside {folder}, whose files are all in its rilq.json\n"
+                    "  choose a file outside of it"
+                )
         found = [folder_subject(Path(each)) for each in subjects]
         write_page(output, found)
         progress.note(f"{output}: {', '.join(subject.name for subject in found)}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE = PALETTE.values()
-WIDTH, HEIGHT = 4.4, 2.7  # inches
+WIDTH, HEIGHT = 4.3, 2.7  # inches
 
 
 def loss_plot(points: Sequence[LossPoint]) -> Figure:
