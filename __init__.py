@@ -11,6 +11,7 @@ from rilq.formats.registration import install
 
 if TYPE_CHECKING:
     from rilq.api import convert as convert
+    from rilq.api import evaluate as evaluate
     from rilq.api import load as load
     from rilq.api import plan as plan
     from rilq.converter.analysis import AnalyzeOptions as AnalyzeOptions
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rilq.errors import InputError as InputError
     from rilq.errors import RilqError as RilqError
     from rilq.evaluation.export import export as export
-    from rilq.evaluation.perplexity import evaluate as evaluate
     from rilq.evaluation.push import PushOptions as PushOptions
     from rilq.evaluation.push import push as push
     from rilq.formats.export.kind import ExportOptions as ExportOptions
@@ -47,7 +47,7 @@ _HOMES = {
     "analyze": "rilq.converter.analyze",
     "check_fits": "rilq.converter.plan",
     "convert": "rilq.api",
-    "evaluate": "rilq.evaluation.perplexity",
+    "evaluate": "rilq.api",
     "export": "rilq.evaluation.export",
     "load": "rilq.api",
     "plan": "rilq.api",

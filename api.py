@@ -1,4 +1,4 @@
-"""rilq from Python: `rilq.plan`, `rilq.convert`, `rilq.load`; the commands call the same functions.
+"""rilq from Python: `rilq.plan`, `convert`, `evaluate`, `load`; the commands call the same ones.
 
 Importing this imports torch and transformers, so `import rilq` leaves it until it is needed.
 """
@@ -8,22 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import gettempdir
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
 
 from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
-from rilq.converter.pipeline import ConvertResult
+from rilq.converter.pipeline import ConvertResult, Job
 from rilq.converter.plan import Plan
-from rilq.errors import CheckpointError, RilqError, one_line
+from rilq.errors import CheckpointError, one_line
+from rilq.evaluation import perplexity
 from rilq.evaluation.export import check_planned, export
+from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
-from rilq.evaluation.report.page import write_page
-from rilq.evaluation.report.subject import folder_subject
+from rilq.evaluation.report.sources import write_conversion_page
 from rilq.formats.export.kind import ExportOptions
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.progress import Reporter, SilentReporter
+from rilq.records.conversion import conversion_found, conversion_run, losses_so_far
+from rilq.records.evaluation import database_of, evaluation_found, measured_run
+from rilq.records.place import AUTO, database_for
+from rilq.records.recorder import recording
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,6 +72,7 @@ def convert(
     exports: Mapping[str, Path] = ...,
     push: PushOptions | None = ...,
     page: Path | None = ...,
+    db: str | Path = ...,
 ) -> ConvertResult: ...
 @overload
 def convert(
@@ -77,6 +84,7 @@ def convert(
     exports: Mapping[str, Path] = ...,
     push: PushOptions | None = ...,
     page: Path | None = ...,
+    db: str | Path = ...,
     **options: Any,
 ) -> ConvertResult: ...
 def convert(
@@ -87,6 +95,7 @@ def convert(
     exports: Mapping[str, Path] = MappingProxyType({}),  # noqa: B008 - immutable
     push: PushOptions | None = None,
     page: Path | None = None,
+    db: str | Path = AUTO,
     **options: Any,
 ) -> ConvertResult:
     """Convert a checkpoint; a job that was stopped is continued by the same call.
@@ -101,6 +110,8 @@ def convert(
             checked before the work begins.
         page: where a report of the result is written, as one HTML file; that it cannot be is only
             a warning.
+        db: file of the database that the run is recorded in, or "none"; "auto" is what RILQ_DB
+            says, else `rilq.db` beside the output. See docs/runs.md.
         options: of `ConvertOptions`, by name; those left out, or None, are the recipe's.
 
     Raises:
@@ -115,12 +126,20 @@ def convert(
         if push.base is None and job.checkpoint.source.commit is None:
             push = replace(push, base=chosen.model)
         open_planned(job, push, report)
+    database = _database(db, job)
     planned(job.plan)
-    result = pipeline.convert(job, report)
+    pipeline.progress(job)  # raises what would be refused, which is no run
+    with recording(database, conversion_run(job), report, chosen.work) as record:
+        try:
+            result = pipeline.convert(job, record.report)
+        except BaseException:
+            record.tell(losses=losses_so_far(chosen.work))
+            raise
+        record.tell(**conversion_found(job, result))
     state = "already converted by this command" if result.already_done else "done"
     report.note(f"{result.output}: {state}")
     if page is not None and not (result.already_done and page.is_file()):
-        _write_report(result.output, page, report)
+        write_conversion_page(page, result.output, database, report)
     if exports:
         written = export(result.output, exports, device=chosen.device, report=report)
         result = replace(result, exports=tuple(written))
@@ -129,13 +148,35 @@ def convert(
     return result
 
 
-def _write_report(folder: Path, page: Path, report: Reporter) -> None:
-    try:
-        write_page(page, [folder_subject(folder)])
-    except (RilqError, OSError) as err:  # the checkpoint is whole all the same
-        report.warn(f"no report: {err}")
-    else:
-        report.note(f"{page}: report")
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    revision: str | None = None,
+    report: Reporter = SilentReporter(),  # noqa: B008 - stateless
+    db: str | Path = AUTO,
+    **options: Any,
+) -> Evaluation:
+    """Measure a checkpoint, dense or converted, on a text.
+
+    Args:
+        model: a folder, or `owner/name` on the Hub.
+        text: a file, `c4`, `wikitext2` or `owner/name` on the Hub.
+        revision: of `model` on the Hub.
+        report: receives progress.
+        db: file of the database that the run is recorded in, or "none"; "auto" is what RILQ_DB
+            says, else `rilq.db` beside a converted checkpoint, or in the current folder.
+        options: of `rilq.evaluation.perplexity.evaluate`, by name.
+
+    Raises:
+        InputError: before any work, for what cannot succeed.
+        RilqError: the model computes NaN or infinity.
+    """
+    run = measured_run(model, revision=revision, options={"text": text, **options})
+    with recording(database_of(run, db), run, report, Path(gettempdir())) as record:
+        found = perplexity.evaluate(model, text, revision=revision, report=record.report, **options)
+        record.tell(**evaluation_found(found))
+    return found
 
 
 def load(
@@ -172,6 +213,15 @@ def load(
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded.eval(), tokenizer
+
+
+def _database(db: str | Path, job: Job) -> Path | None:
+    """Where a conversion is recorded: outside of every folder that it reads or makes."""
+    options = job.options
+    folders = [options.output, options.work]
+    if job.checkpoint.source.commit is None:
+        folders.append(Path(options.model).expanduser())
+    return database_for(db, options.output.absolute().parent, tuple(folders))
 
 
 def _options(model: str | Path | ConvertOptions, given: Mapping[str, Any]) -> ConvertOptions:

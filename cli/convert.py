@@ -20,6 +20,7 @@ from rilq.cli.options import (
     PUSH,
     TRAIN,
     AsJson,
+    Db,
     Device,
     Dtype,
     EvalText,
@@ -338,6 +339,7 @@ def convert(
         bool,
         option(OUT, "Also write <output>.report.html, a page to look at.", "--report/--no-report"),
     ] = True,
+    db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -369,6 +371,7 @@ def convert(
             exports={kind: _beside(options.output, kind) for kind in export or ()},
             push=pushing,
             page=place,
+            db=db,
         )
         if result.pushed is not None:
             show_push(result.pushed, report)

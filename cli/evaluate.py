@@ -8,7 +8,7 @@ from rich.console import Console
 
 import rilq
 from rilq.cli.app import app
-from rilq.cli.options import AsJson, Device, Dtype, LogFile, Model, Quiet, Revision
+from rilq.cli.options import AsJson, Db, Device, Dtype, LogFile, Model, Quiet, Revision
 from rilq.cli.session import reporting, stoppable, user_errors
 from rilq.cli.summary import show_evaluation
 from rilq.cli.tables import evaluation_table
@@ -30,6 +30,7 @@ def evaluate(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -50,6 +51,7 @@ def evaluate(
             revision=revision,
             text_key=text_key,
             report=report,
+            db=db,
         )
     if as_json:
         print(json.dumps(result.as_dict()))

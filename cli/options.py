@@ -29,3 +29,13 @@ EvalText = Annotated[
 MaxPplRatio = Annotated[
     float, option(PUSH, "Refuse a perplexity above this multiple of the base's.")
 ]
+Db = Annotated[
+    str,
+    option(
+        OUT,
+        "Database that the run is recorded in; none for no record. (default: RILQ_DB, or rilq.db "
+        "beside the checkpoint)",
+        "--db",
+        show_default=False,
+    ),
+]

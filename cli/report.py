@@ -21,13 +21,21 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path(
         "report.html"
     ),
+    db: Annotated[
+        str,
+        typer.Option(
+            help="Database of runs; none for what is in the folders alone. (default: RILQ_DB, or "
+            "rilq.db beside the checkpoint, or for a RUN in the current folder)",
+            show_default=False,
+        ),
+    ] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what is known and measured of checkpoints on one page that needs no network."""
     with user_errors(), reporting(quiet, None) as progress:
         from rilq.evaluation.report.page import write_page
-        from rilq.evaluation.report.subject import folder_subject
+        from rilq.evaluation.report.sources import gather
 
         for folder in map(Path, subjects):
             if folder.resolve() in output.resolve().parents:
@@ -35,7 +43,7 @@ def report(
                     f"-o {output}: lies inside {folder}, whose files are all in its rilq.json\n"
                     "  choose a file outside of it"
                 )
-        found = [folder_subject(Path(each)) for each in subjects]
+        found = gather(subjects, db)
         write_page(output, found)
         progress.note(f"{output}: {', '.join(subject.name for subject in found)}")
     if as_json:

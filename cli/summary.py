@@ -103,14 +103,13 @@ def show_evaluation(model: str, text: str, result: Evaluation, console: Console)
 def _training(folder: Path) -> list[float]:
     """Validation losses of a checkpoint made by rilq; none of another one."""
     from rilq.errors import CheckpointError
-    from rilq.evaluation.report.subject import validation_losses
     from rilq.formats.verify import read_manifest
 
     try:
-        quality = read_manifest(folder).get("quality")
-    except CheckpointError:
+        history = read_manifest(folder)["quality"].get("history", ())
+        return [loss for _, loss in history if loss is not None]
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return []
-    return [p.value for p in validation_losses(quality)] if isinstance(quality, dict) else []
 
 
 def _course(losses: Sequence[float], console: Console) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from rilq.converter.options import Target
 
 # Logits that exist at once: 2^24 float32 are 64 MB, each for student, teacher and their gradients.
 LOGITS = 2**24
+
+Term = Literal["mse", "ce", "kl"]
+TERMS: tuple[Term, ...] = ("mse", "ce", "kl")
 
 
 @dataclass(frozen=True)
@@ -59,26 +63,54 @@ class Model(Protocol):
 def discrepancy(model: Model, tokens: Tensor, target: Tensor, loss: Loss) -> Tensor:
     """The loss of some rows, a scalar in float32, differentiable in what `model` trains.
 
+    Args:
+        tokens: `[rows, seq_len]`.
+        target: the teacher's cached states of the same rows, `[rows, seq_len, hidden]`.
+    """
+    wanted = [term for term in TERMS if getattr(loss, term)]
+    return weighted(loss_terms(model, tokens, target, loss.target, wanted), loss)
+
+
+def weighted(terms: Mapping[Term, Tensor], loss: Loss) -> Tensor:
+    """The loss that these terms make, a scalar."""
+    parts = [getattr(loss, term) * terms[term] for term in TERMS if getattr(loss, term)]
+    return torch.stack(parts).sum()
+
+
+def measurable_terms(target: Target) -> tuple[Term, ...]:
+    """What can be told with a cache of `target`: states before the norm feed no head."""
+    return ("mse", "ce") if target == "pre-norm" else TERMS
+
+
+def loss_terms(
+    model: Model, tokens: Tensor, target: Tensor, compared: Target, wanted: Collection[Term]
+) -> dict[Term, Tensor]:
+    """Terms of the loss without their weights, each a scalar in float32; see `discrepancy`.
+
     The teacher's logits are computed here, from its cached states. Neither they nor the student's
     ever exist for all positions at once: with a large vocabulary the head works in chunks of
     positions, computed again in the backward pass.
 
     Args:
-        tokens: `[rows, seq_len]`.
-        target: the teacher's cached states of the same rows, `[rows, seq_len, hidden]`.
+        compared: what `mse` compares.
+        wanted: out of `measurable_terms(compared)`.
     """
     before, after = model.states(tokens)
     target = target.to(after.device)
-    total = torch.zeros((), device=after.device)
-    if loss.mse and loss.target != "logits":
-        states = before if loss.target == "pre-norm" else after
-        total = total + loss.mse * F.mse_loss(states.float(), target.float())
-    if loss.ce or loss.kl or loss.target == "logits":
-        total = total + _head_terms(model, after, target, tokens, loss)
-    return total
+    found: dict[Term, Tensor] = {}
+    of_head = set(wanted)
+    if "mse" in wanted and compared != "logits":
+        states = before if compared == "pre-norm" else after
+        found["mse"] = F.mse_loss(states.float(), target.float())
+        of_head.remove("mse")
+    if of_head:
+        found |= _head_terms(model, after, target, tokens, [t for t in TERMS if t in of_head])
+    return found
 
 
-def _head_terms(model: Model, hidden: Tensor, target: Tensor, tokens: Tensor, loss: Loss) -> Tensor:
+def _head_terms(
+    model: Model, hidden: Tensor, target: Tensor, tokens: Tensor, wanted: Sequence[Term]
+) -> dict[Term, Tensor]:
     """The terms that need logits, in chunks of positions."""
     rows, length, width = hidden.shape
     # The last position of a row predicts no token of it.
@@ -88,28 +120,28 @@ def _head_terms(model: Model, hidden: Tensor, target: Tensor, tokens: Tensor, lo
 
     def chunk(hidden: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         logits = model.logits(hidden)
-        total = torch.zeros((), device=hidden.device)
-        if loss.ce:
-            ce = F.cross_entropy(logits, labels, reduction="sum")
-            total = total + loss.ce * ce / (rows * (length - 1))
-        if loss.kl or loss.target == "logits":
+        found: dict[Term, Tensor] = {}
+        if "mse" in wanted or "kl" in wanted:
             with torch.no_grad():
-                wanted = model.logits(target)
-            if loss.kl:
-                apart = F.kl_div(
-                    logits.log_softmax(-1),
-                    wanted.log_softmax(-1),
-                    log_target=True,
-                    reduction="sum",
-                )
-                total = total + loss.kl * apart / (rows * length)
-            if loss.target == "logits":
-                apart = (logits - wanted).square().sum()
-                total = total + loss.mse * apart / (rows * length * model.vocabulary)
-        return total
+                aim = model.logits(target)
+        if "mse" in wanted:
+            found["mse"] = (logits - aim).square().sum() / (rows * length * model.vocabulary)
+        if "ce" in wanted or "kl" in wanted:
+            log_probabilities = logits.log_softmax(-1)
+        if "ce" in wanted:
+            ce = F.nll_loss(log_probabilities, labels, reduction="sum")
+            found["ce"] = ce / (rows * (length - 1))
+        if "kl" in wanted:
+            apart = F.kl_div(
+                log_probabilities, aim.log_softmax(-1), log_target=True, reduction="sum"
+            )
+            found["kl"] = apart / (rows * length)
+        return torch.stack([found[term] for term in wanted])
 
     pieces = list(zip(hidden.split(size), target.split(size), labels.split(size), strict=True))
     if len(pieces) == 1:
-        return chunk(*pieces[0])
-    parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
-    return torch.stack(parts).sum()
+        sums = chunk(*pieces[0])
+    else:
+        parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
+        sums = torch.stack(parts).sum(0)
+    return dict(zip(wanted, sums.unbind(), strict=True))

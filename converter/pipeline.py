@@ -36,7 +36,7 @@ from rilq.converter.quantizers import build_quantizer
 from rilq.converter.rotation import RotatedCheckpoint
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
-from rilq.converter.train import Trainer, TrainOptions, validation_loss
+from rilq.converter.train import Progress, Trainer, TrainOptions, validation_losses
 from rilq.converter.workdir import (
     SOURCE_FOLDER,
     WorkDir,
@@ -124,7 +124,7 @@ def progress(job: Job) -> Literal["done", "begun", "new"]:
     Raises:
         InputError: `convert` would refuse it, for what stands at its places.
     """
-    fingerprint = _fingerprint(job)
+    fingerprint = job_fingerprint(job)
     if _finished(job.options.output, fingerprint) is not None:
         return "done"
     _check_places(job)
@@ -140,7 +140,7 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         RilqError: the work failed; its state is in the work folder.
     """
     options = job.options
-    fingerprint = _fingerprint(job)
+    fingerprint = job_fingerprint(job)
     if (quality := _finished(options.output, fingerprint)) is not None:
         _clean(options, fingerprint, report)
         return ConvertResult(options.output, job.plan, quality, already_done=True)
@@ -371,8 +371,7 @@ class _Conversion:
             "validation_loss": trainer.progress.best_loss,
             "best_step": trainer.progress.best_step,
             "steps": trainer.progress.step,
-            # NaN, of a training that came to nothing, has no place in JSON.
-            "history": [(s, v if isfinite(v) else None) for s, v in trainer.progress.history],
+            **curves(trainer.progress),
         }
         self.report.note(
             f"trained: validation loss {facts['validation_loss_before']:.4f} before, "
@@ -407,7 +406,7 @@ class _Conversion:
         """How far a stored student's logits are from those `before`; its validation loss."""
         with torch.no_grad():
             apart = (stored(sample).cpu() - before).abs()
-        loss = validation_loss(
+        losses = validation_losses(
             stored,
             tokens,
             stream.targets(),
@@ -416,7 +415,7 @@ class _Conversion:
             loss=self.loss,
             device=self.streamed.device,
         )
-        return apart, loss
+        return apart, losses["total"]
 
     def _merge_figures(self, apart: Tensor, loss: float) -> dict[str, Any]:
         figures = {
@@ -521,6 +520,24 @@ class _Conversion:
         )
 
 
+def curves(progress: Progress) -> dict[str, Any]:
+    """Losses over the updates, for `rilq.json`; None for NaN, of a training that failed."""
+
+    def finite(value: float) -> float | None:
+        return value if isfinite(value) else None
+
+    after = [step for step, _ in progress.history[1:]]
+    return {
+        "history": [(step, finite(loss)) for step, loss in progress.history],
+        "train_history": [
+            (step, finite(loss)) for step, loss in zip(after, progress.train_losses, strict=True)
+        ],
+        "validation_parts": {
+            term: [finite(loss) for loss in losses] for term, losses in progress.parts.items()
+        },
+    }
+
+
 def source_facts(checkpoint: Checkpoint) -> dict[str, str | None]:
     """Which checkpoint this is, for `rilq.json`."""
     return {
@@ -566,7 +583,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _fingerprint(job: Job) -> dict[str, Any]:
+def job_fingerprint(job: Job) -> dict[str, Any]:
     """Everything that determines the result, as JSON values, one comparable value per key."""
     options, source = job.options, job.checkpoint.source
     return {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rilq.calib.activations import ActivationStore, prefetch
-from rilq.converter.loss import Loss, discrepancy
+from rilq.converter.loss import Loss, discrepancy, loss_terms, measurable_terms, weighted
 from rilq.converter.options import Schedule
 from rilq.converter.quantizers.layerwise import rate_of
 from rilq.converter.student import Student
@@ -58,6 +58,7 @@ class Progress:
     Attributes:
         applied: steps whose loss was finite; Adam's own count.
         history: `(step, validation loss)` of every validation.
+        parts: unweighted terms of the validation loss that can be told, one for each of `history`.
         train_losses: mean training loss of every interval between validations.
         bad: steps in a row whose loss was not finite.
     """
@@ -68,6 +69,7 @@ class Progress:
     best_loss: float = float("inf")
     stale: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
     train_losses: list[float] = field(default_factory=list)
     bad: int = 0
 
@@ -253,7 +255,10 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> None:
         """Measure the held-out loss and keep the values if they are the best so far."""
-        loss, progress = self.validation_loss(), self.progress
+        losses, progress = self._validation_losses(), self.progress
+        loss = losses.pop("total")
+        for term, value in losses.items():
+            progress.parts.setdefault(term, []).append(value)
         progress.history.append((progress.step, loss))
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
@@ -262,10 +267,8 @@ class Trainer:
         else:
             progress.stale += 1
 
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        """The loss, mean over the held-out rows."""
-        return validation_loss(
+    def _validation_losses(self) -> dict[str, float]:
+        return validation_losses(
             self.student,
             self.tokens,
             self.targets,
@@ -286,7 +289,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     student: Student,
     tokens: Tensor,
     targets: ActivationStore,
@@ -295,12 +298,18 @@ def validation_loss(
     batch: int,
     loss: Loss,
     device: torch.device,
-) -> float:
-    """`discrepancy`, mean over consecutive `rows`, `batch` of them at a time."""
-    total = 0.0
+) -> dict[str, float]:
+    """The loss ("total") and its terms without their weights, of one forward pass.
+
+    All are means over consecutive `rows`, `batch` of them at a time; terms without a weight are
+    told too.
+    """
+    totals: dict[str, float] = {}
+    wanted = measurable_terms(loss.target)
     for start in range(rows.start, rows.stop, batch):
         stop = min(start + batch, rows.stop)
         part = tokens[start:stop].to(device)
-        value = discrepancy(student, part, targets.read(start, stop), loss)
-        total += value.item() * (stop - start)
-    return total / len(rows)
+        terms = loss_terms(student, part, targets.read(start, stop), loss.target, wanted)
+        for name, value in [("total", weighted(terms, loss)), *terms.items()]:
+            totals[name] = totals.get(name, 0.0) + value.item() * (stop - start)
+    return {name: total / len(rows) for name, total in totals.items()}

@@ -30,7 +30,7 @@ from rilq.errors import WorkDirError
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 SOURCE_FOLDER = "source"
 
 Resume = Literal["auto", "never", "required"]

@@ -24,7 +24,7 @@ from rilq.evaluation.push_checks import (
 )
 from rilq.evaluation.reload import check_generates
 from rilq.evaluation.report.plots import loss_plot
-from rilq.evaluation.report.subject import validation_losses
+from rilq.evaluation.report.subject import finite_losses
 from rilq.evaluation.report.svg import to_png
 from rilq.formats.export.kinds import possible
 from rilq.formats.export.source import NativeCheckpoint
@@ -33,6 +33,7 @@ from rilq.formats.hub_requests import PATIENCE, Patience
 from rilq.formats.hub_target import Target, check_holds, described, open_target
 from rilq.formats.verify import CARD, CARD_PLOT, MANIFEST_NAME, read_manifest
 from rilq.progress import Reporter, SilentReporter
+from rilq.records.losses import losses_of
 
 DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
 DEFAULT_RATIO = 2.0
@@ -199,7 +200,8 @@ def push(
         force=options.force,
         report=report,
     )
-    if len(losses := validation_losses(manifest["quality"])) > 1:
+    losses = finite_losses(losses_of(manifest["quality"]))
+    if len(losses := [point for point in losses if point.term == "total"]) > 1:
         files[CARD_PLOT] = LocalFile.of(to_png(loss_plot(losses)))
     at = target.at
     exports = {} if export else possible(NativeCheckpoint.open(folder, report).form)

@@ -60,7 +60,7 @@ class LayerFigure:
 
     Attributes:
         error: relative squared error of its output against the full-precision layer's.
-        bits: stored per weight of its linears, on average; None if none is quantized.
+        bits: stored per weight of its quantized linears, on average; None if there is none.
     """
 
     index: int
@@ -85,8 +85,10 @@ class Run:
         place: its absolute path, or `owner/name@commit`.
         content_hash: xxh3 of its `rilq.json`, which holds a hash of every tensor; of a checkpoint
             without one, hash of its headers. None before there is one.
+        job: hash of all that determines a conversion's result: runs that continued one another have
+            the same one.
         recipe: of the conversion, as in `rilq.json`; empty for a full-precision model.
-        options: of the evaluation.
+        options: of the evaluation; of a conversion its texts and what was chosen automatically.
         versions: of rilq and the libraries that have an effect on the result.
         machine: processor, cores, memory, GPU, system.
         figures: all numbers found, by name: `perplexity`, `kl_p99`, `bits_per_weight`, ...
@@ -105,6 +107,7 @@ class Run:
     message: str = ""
     source_hash: str | None = None
     content_hash: str | None = None
+    job: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -9,6 +9,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Tests of the record say where it is; the others look at folders with nothing beside the output.
+os.environ["RILQ_DB"] = "none"
 
 import pytest
 import torch

@@ -199,13 +199,13 @@ def _plots(subject: Subject, mark: str) -> Iterator[Plot]:
             label=f"Histogram of the KL per token, mean {found.against.kl_mean:.3g}",
         )
         yield Plot("KL per token", svg, f"{found.tokens:,} tokens of {found.text}")
-    seen: list[tuple[tuple[str, int, float], ...]] = []
+    seen = []
     for term in ("total", "mse", "ce", "kl"):
         points = [p for p in subject.losses if p.term == term]
-        line = tuple((p.kind, p.step, p.value) for p in points)
-        if len(points) < 2 or line in seen:  # of a loss with one term, that is the total
+        held_out = [(p.step, p.value) for p in points if p.kind == "validation"]
+        if len(points) < 2 or held_out in seen:  # the only term of a loss is the total
             continue
-        seen.append(line)
+        seen.append(held_out)
         what = f"Loss ({subject.recipe.get('loss', 'total')})" if term == "total" else term.upper()
         svg = to_svg(loss_plot(points), prefix=f"{mark}-loss-{term}", label=f"{what} over updates")
         yield Plot(what, svg)

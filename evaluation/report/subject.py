@@ -14,6 +14,7 @@ from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.kept_figures import kept_figures
 from rilq.formats.shard import read_header
 from rilq.formats.verify import read_manifest
+from rilq.records.losses import losses_of
 from rilq.records.run import LayerFigure, LossPoint, Run
 
 _LAYER = re.compile(r"\.layers\.(\d+)\..+\.(weight|weight_scale|zero_point)$")
@@ -35,14 +36,14 @@ class Subject:
     Attributes:
         name: of its folder, or `owner/name`.
         model: name of the full-precision model.
-        started: when its conversion began, Unix time.
-        recipe, calibration, versions, machine: of its conversion.
+        started: when its conversion began, Unix time; of one that was not recorded, the evaluation.
+        recipe, calibration, versions, machine: likewise.
         bits_per_weight, size_bytes: as of `Evaluation`.
         quality: further figures of `rilq.json`, by name.
         evaluations: the newest first, one for each text.
         losses: of its training; finite.
         layers: as they were quantized, with finite errors.
-        runs: conversion and evaluations whose stages were recorded.
+        runs: conversion and these evaluations, if their stages were recorded; the oldest first.
         files: of the folder, with their checksums.
     """
 
@@ -100,7 +101,7 @@ def folder_subject(folder: Path, runs: Sequence[Run] = ()) -> Subject:
             size_bytes=weights,
             quality={n: v for n, v in quality.items() if isinstance(v, int | float)},
             evaluations=recorded.evaluations or tuple(kept_figures(folder)),
-            losses=recorded.losses or validation_losses(quality),
+            losses=recorded.losses or finite_losses(losses_of(quality)),
             layers=recorded.layers or layers,
             runs=recorded.runs,
             files=tuple(files),
@@ -119,11 +120,16 @@ def runs_subject(name: str, runs: Sequence[Run]) -> Subject:
         name: to show; empty for the name that was recorded.
         runs: of one checkpoint, the newest first.
     """
-    conversion = next((run for run in runs if run.command == "convert"), None)
+    conversions = [run for run in runs if run.command == "convert"]
+    # One that found its work done already has next to nothing to tell.
+    conversion = max(conversions, key=lambda run: (bool(run.losses), len(run.stages)), default=None)
     first = conversion or (runs[0] if runs else None)
-    evaluations = _newest_of_each_text(
-        Evaluation.from_dict(run.evaluation) for run in runs if run.evaluation is not None
-    )
+    measured: dict[str, tuple[Run, Evaluation]] = {}  # by text, the newest
+    for run in runs:
+        if run.evaluation is not None:
+            found = Evaluation.from_dict(run.evaluation)
+            measured.setdefault(found.tokens_digest, (run, found))
+    shown = {run.id for run, _ in measured.values()} | ({conversion.id} if conversion else set())
     figures = {name: value for run in reversed(runs) for name, value in run.figures.items()}
     size = figures.get("size_bytes")
     return Subject(
@@ -135,28 +141,20 @@ def runs_subject(name: str, runs: Sequence[Run]) -> Subject:
         machine=first.machine if first else {},
         bits_per_weight=figures.get("bits_per_weight"),
         size_bytes=None if size is None else int(size),
-        evaluations=evaluations,
-        losses=tuple(p for p in conversion.losses if isfinite(p.value)) if conversion else (),
+        evaluations=tuple(found for _, found in measured.values()),
+        losses=finite_losses(conversion.losses) if conversion else (),
         layers=tuple(f for f in conversion.layers if isfinite(f.error)) if conversion else (),
-        runs=tuple(run for run in reversed(runs) if run.stages),
+        runs=tuple(run for run in reversed(runs) if run.id in shown and run.stages),
     )
 
 
-def validation_losses(quality: Mapping[str, Any]) -> tuple[LossPoint, ...]:
-    """Of the training, as `rilq.json` has them; those that were no number are left out."""
-    history = [(step, loss) for step, loss in quality.get("history", ()) if loss is not None]
-    return tuple(LossPoint("validation", "total", step, loss) for step, loss in history)
-
-
-def _newest_of_each_text(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
-    newest: dict[str, Evaluation] = {}
-    for each in evaluations:
-        newest.setdefault(each.tokens_digest, each)
-    return tuple(newest.values())
+def finite_losses(losses: Iterable[LossPoint]) -> tuple[LossPoint, ...]:
+    """Those that can be plotted."""
+    return tuple(point for point in losses if isfinite(point.value))
 
 
 def _layer_bits(folder: Path, manifest: Mapping[str, Any]) -> dict[int, float]:
-    """Stored bits per weight of the linears of each decoder layer that has a quantized one."""
+    """Stored bits per weight of the quantized linears of each decoder layer that has some."""
     sizes: dict[int, list[tuple[str, int, int]]] = {}  # layer to name, bytes, elements
     for name in manifest["files"]:
         path = folder / name
@@ -171,11 +169,8 @@ def _layer_bits(folder: Path, manifest: Mapping[str, Any]) -> dict[int, float]:
     group_size, found = int(manifest["recipe"]["group_size"]), {}
     for layer, tensors in sizes.items():
         scales = {name for name, _, _ in tensors if name.endswith(".weight_scale")}
-        weights = sum(
-            elements * group_size if name in scales else elements
-            for name, _, elements in tensors
-            if name in scales or (name.endswith(".weight") and f"{name}_scale" not in scales)
-        )
         if scales:
-            found[layer] = 8 * sum(size for _, size, _ in tensors) / weights
+            quantized = {name.removesuffix(".weight_scale") for name in scales}
+            bits = 8 * sum(size for n, size, _ in tensors if n.rpartition(".")[0] in quantized)
+            found[layer] = bits / sum(n * group_size for name, _, n in tensors if name in scales)
     return found

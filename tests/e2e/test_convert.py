@@ -97,6 +97,12 @@ def test_manifest_records_recipe_data_and_quality(converted: Callable[..., Path]
     manifest = json.loads((converted() / "rilq.json").read_text())
     assert manifest["recipe"]["bits"] == 2 and manifest["recipe"]["seed"] == 42
     assert manifest["recipe"]["learning_rate"] == 1e-3
+    quality = manifest["quality"]
+    assert [step for step, _ in quality["history"]] == [0, 2, 4]
+    assert [step for step, _ in quality["train_history"]] == [2, 4]
+    parts = quality["validation_parts"]
+    assert {term: len(losses) for term, losses in parts.items()} == {"mse": 3, "ce": 3, "kl": 3}
+    assert parts["kl"] == [loss for _, loss in quality["history"]]  # the default loss
     assert manifest["recipe"]["scales_learning_rate"] == 1e-2  # ten times that
     assert manifest["recipe"]["recipe"] == "default" and manifest["recipe"]["loss"] == "kl"
     assert manifest["recipe"]["train"] == "adapters+scales"

@@ -1,7 +1,9 @@
 """`rilq report`, and the page that `convert` writes beside its output."""
 
 import json
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ def test_impossible_places_are_refused(
 def test_what_rilq_has_not_made_is_refused(run_cli: Run, tiny_llama: Path, tmp_path: Path) -> None:
     for subject in (tiny_llama, tmp_path / "nowhere"):
         ended = run_cli("report", subject, "-o", tmp_path / "r.html")
-        assert ended.code == 2 and f"{subject}/rilq.json: cannot be read" in ended.err
+        assert ended.code == 2 and f"{subject}: has no rilq.json" in ended.err
     assert not (tmp_path / "r.html").exists()
 
 
@@ -104,3 +106,31 @@ def test_a_batch_may_leave_the_page_out(tiny_llama: Path, tmp_path: Path) -> Non
     (tmp_path / "jobs.yaml").write_text(yaml.safe_dump({"defaults": shared, "jobs": jobs}))
     shown, silent = read_jobs(tmp_path / "jobs.yaml", convert_command())
     assert "--no-report" in silent.arguments and "--no-report" not in shown.arguments
+
+
+def test_recorded_runs_of_this_content_are_shown_and_those_of_another_are_not(
+    run_cli: Run, arguments: Run, tiny_llama: Path, calib: Path, tmp_path: Path
+) -> None:
+    db = ("--db", tmp_path / "rilq.db")
+    page = tmp_path / "out.report.html"
+    assert run_cli(*arguments(tmp_path, "--report"), *db).code == 0
+    assert "<figcaption>convert: " in page.read_text(), "its own stages are on its page"
+    measure = ("--text", calib, "--seqlen", 32, "--device", "cpu", "--against", tiny_llama, *db)
+    ended = run_cli("eval", tmp_path / "out", *measure)
+    assert ended.code == 0 and f"rilq report {tmp_path / 'out'} -o report.html" in ended.err
+    by_default = partial(os.environ.pop, "RILQ_DB")  # which the tests set to none
+    beside = run_cli("report", tmp_path / "out", "-o", tmp_path / "r.html", first=by_default)
+    assert beside.code == 0, beside.err
+    by_number = run_cli("report", 2, 1, *db, "-o", tmp_path / "n.html")
+    assert by_number.code == 0, by_number.err
+    for name, sections in (("r.html", 1), ("n.html", 2)):
+        text = (tmp_path / name).read_text()
+        assert text.count("<figcaption>KL per token") == sections, name
+        assert "<figcaption>convert: " in text and "<figcaption>eval: " in text
+    assert "out, run 2" in (tmp_path / "n.html").read_text()
+    alone = run_cli("report", tmp_path / "out", "--db", "none", "-o", tmp_path / "r.html")
+    assert alone.code == 0 and "KL per token" not in (tmp_path / "r.html").read_text()
+    none = ("--db", tmp_path / "none.db")
+    for words, expected in (((9, *db), "run 9: not in"), ((1, *none), "there is no such database")):
+        refused = run_cli("report", *words, "-o", tmp_path / "x.html")
+        assert refused.code == 2 and expected in refused.err

@@ -681,7 +681,7 @@ def test_a_state_from_the_future_is_refused(
     work = shutil.copytree(stopped(*TRAINING), tmp_path / "work")
     edit_job_line(work, lambda job: job.update(state_format=99))
     ended = convert(quick(tmp_path, work_dir=work))
-    assert ended.code == 2 and "state format 99, this one reads 1" in ended.err
+    assert ended.code == 2 and "state format 99, this one reads 2" in ended.err
 
 
 # -- two runs --------------------------------------------------------------------------------------

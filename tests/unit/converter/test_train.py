@@ -12,7 +12,13 @@ from torch.nn import functional as F
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.loss import Loss, Model, discrepancy
-from rilq.converter.train import Trainer, TrainOptions, learning_rate_at, row_order
+from rilq.converter.train import (
+    Trainer,
+    TrainOptions,
+    learning_rate_at,
+    row_order,
+    validation_losses,
+)
 from rilq.errors import RilqError
 from rilq.progress import SilentReporter
 
@@ -141,6 +147,48 @@ def test_mse_compares_what_the_target_says(tokens: Tensor) -> None:
     ):
         expected = (states - wanted).square().mean().item()
         assert value(tokens, target, mse=1.0, target=name) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [{"kl": 1.0}, {"mse": 0.5, "ce": 0.5}, {"ce": 0.2, "kl": 3.0}])
+def test_validation_tells_every_term_without_its_weight(
+    tokens: Tensor, targets: ActivationStore, weights: dict[str, float]
+) -> None:
+    loss = Loss(**{"mse": 0.0, "ce": 0.0, **weights})  # type: ignore[arg-type]
+    student: Model = OneLinear()
+    found = validation_losses(
+        student,  # type: ignore[arg-type]
+        tokens,
+        targets,
+        rows=range(16, 20),
+        batch=4,
+        loss=loss,
+        device=torch.device("cpu"),
+    )
+    target = targets.read(16, 20)
+    alone = {term: value(tokens[16:], target, **{term: 1.0}) for term in ("mse", "ce", "kl")}
+    assert found == {"total": discrepancy(student, tokens[16:], target, loss).item(), **alone}
+
+
+def test_before_the_norm_no_kl_is_told(tokens: Tensor, targets: ActivationStore) -> None:
+    train = trainer(tokens, targets, loss=Loss(target="pre-norm"))  # type: ignore[arg-type]
+    run(train)
+    assert train.progress.parts.keys() == {"mse", "ce"}
+
+
+def test_every_validation_has_its_terms_and_every_interval_its_mean(
+    tokens: Tensor, targets: ActivationStore
+) -> None:
+    train = trainer(tokens, targets)
+    run(train)
+    progress = train.progress
+    assert [step for step, _ in progress.history] == [0, 4, 8, 12]
+    assert {term: len(losses) for term, losses in progress.parts.items()} == {
+        "mse": 4, "ce": 4, "kl": 4
+    }  # fmt: skip
+    assert len(progress.train_losses) == 3
+    for index, (_, loss) in enumerate(progress.history):
+        terms = 0.5 * progress.parts["mse"][index] + 0.5 * progress.parts["ce"][index]
+        assert loss == pytest.approx(terms)
 
 
 def test_training_lowers_the_validation_loss(tokens: Tensor, targets: ActivationStore) -> None:

@@ -46,7 +46,9 @@ def test_a_folder_tells_recipe_losses_layers_and_checksums(
 ) -> None:
     found = folder_subject(converted.output)
     assert (found.name, found.model) == ("tiny-w2", "tiny-llama")
-    assert [(p.step, p.value) for p in found.losses] == converted.quality["history"]
+    total = [p for p in found.losses if (p.kind, p.term) == ("validation", "total")]
+    assert [(p.step, p.value) for p in total] == converted.quality["history"]
+    assert {p.term for p in found.losses} > {"mse", "kl"}
     assert [layer.error for layer in found.layers] == converted.quality["layer_errors"]
     assert found.recipe["quantizer"] == "rtn" and found.started is None and not found.evaluations
     sizes = {each.name: each.size for each in found.files}
@@ -54,13 +56,13 @@ def test_a_folder_tells_recipe_losses_layers_and_checksums(
     assert found.size_bytes == (converted.output / "model.safetensors").stat().st_size
 
 
-def test_bits_of_a_layer_count_scales_and_what_is_not_quantized(
+def test_bits_of_a_layer_are_those_of_its_quantized_linears_with_scales(
     converted: pipeline.ConvertResult,
 ) -> None:
     first, second = (layer.bits for layer in folder_subject(converted.output).layers)
     # tiny_llama, of float32: q and o of 64 x 64, k and v of 32 x 64, and three of 64 x 128.
     attention, each = 2 * 64 * 64 + 2 * 32 * 64, 64 * 128
-    expected = (attention * 3 + each * (3 + 5 + 32)) / (attention + 3 * each)
+    expected = (attention * 3 + each * (3 + 5)) / (attention + 2 * each)
     assert first == 3.0 and second == pytest.approx(expected)
 
 
@@ -70,12 +72,13 @@ def test_runs_add_evaluations_and_stages_and_the_newest_counts(
     values = [examples.evaluation(ppl).as_dict() for ppl in (18.0, 19.0)]
     other = examples.evaluation(30.0, tokens_digest="other").as_dict()
     evals = [
-        examples.run(id=i, command="eval", evaluation=each, losses=(), layers=(), stages=())
-        for i, each in enumerate([values[0], values[1], other])
+        examples.run(id=i, command="eval", evaluation=each, losses=(), layers=())
+        for i, each in ((4, values[0]), (3, values[1]), (2, other))
     ]
-    found = folder_subject(converted.output, [*evals, examples.run()])
+    again = examples.run(id=5, losses=(), layers=(), stages=())  # found its work done
+    found = folder_subject(converted.output, [again, *evals, examples.run(id=1)])
     assert [each.perplexity for each in found.evaluations] == [18.0, 30.0]
-    assert found.runs == (examples.run(),) and found.machine["cores"] == 2
+    assert [run.id for run in found.runs] == [1, 2, 4] and found.machine["cores"] == 2
     assert found.losses == examples.run().losses
     assert found.recipe["quantizer"] == "rtn", "rilq.json says what made the checkpoint"
 

@@ -1,0 +1,97 @@
+"""What a record says of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rilq.converter.pipeline import base_name, versions
+from rilq.evaluation.figures import Evaluation, Passages
+from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.hub import open_source
+from rilq.formats.verify import MANIFEST_NAME, file_hash
+from rilq.records.machine import machine_facts
+from rilq.records.place import database_for
+from rilq.records.run import Run
+
+
+def measured_run(
+    model: str, *, revision: str | None = None, options: Mapping[str, Any] | None = None
+) -> Run:
+    """An evaluation about to begin: which checkpoint it is of, and what that was made from.
+
+    Args:
+        model: a folder, or `owner/name` on the Hub.
+        revision: on the Hub.
+        options: of the evaluation; paths are kept as text.
+
+    Raises:
+        InputError: it is no checkpoint.
+    """
+    source = open_source(model, revision=revision)
+    checkpoint = Checkpoint.open(source, dtypes=SOURCE_DTYPES | {torch.int32})
+    name, headers = base_name(checkpoint), checkpoint.header_hash()
+    local = source.commit is None
+    run = Run(
+        id=0,
+        command="eval",
+        started=0.0,
+        seconds=0.0,
+        state="running",
+        model=name,
+        checkpoint=name,
+        place=str(Path(source.label).resolve()) if local else f"{name}@{source.commit}",
+        source_hash=headers,
+        content_hash=headers,
+        options={k: _plain(v) for k, v in (options or {}).items() if v is not None},
+        versions=versions(),
+        machine=machine_facts(),
+    )
+    manifest = checkpoint.read_json(MANIFEST_NAME)
+    return run if manifest is None else _converted(run, manifest, source.path(MANIFEST_NAME))
+
+
+def _converted(run: Run, manifest: dict[str, Any], path: Path) -> Run:
+    """The same, of a checkpoint that rilq has made."""
+    try:
+        return replace(
+            run,
+            model=str(manifest["source"]["name"]),
+            source_hash=str(manifest["source"]["header_hash"]),
+            content_hash=file_hash(path),
+            job=str(manifest["job"]),
+            recipe=dict(manifest["recipe"]),
+        )
+    except (KeyError, TypeError, ValueError):  # another program's; the evaluation goes on
+        return run
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def database_of(run: Run, given: str | Path) -> Path | None:
+    """Where an evaluation is recorded by default: beside a converted checkpoint, else here.
+
+    Args:
+        run: as `measured_run` gives it.
+        given: see `database_for`.
+
+    Raises:
+        OptionError: that is inside the checkpoint.
+    """
+    place = Path(run.place)
+    if not place.is_absolute():  # on the Hub
+        return database_for(given, Path())
+    here = Path().resolve()
+    beside = run.recipe or place in (here, *here.parents)
+    return database_for(given, place.parent if beside else here, keep_out=(place,))
+
+
+def evaluation_found(found: Evaluation, passages: Passages | None = None) -> dict[str, Any]:
+    """What is known of an evaluation when it is done, for `Recorder.tell`."""
+    return {"evaluation": found.as_dict(), "figures": found.figures(), "passages": passages}
