@@ -201,8 +201,8 @@ def push(
         report=report,
     )
     losses = finite_losses(losses_of(manifest["quality"]))
-    if len(losses := [point for point in losses if point.term == "total"]) > 1:
-        files[CARD_PLOT] = LocalFile.of(to_png(loss_plot(losses)))
+    if len(total := [point for point in losses if point.term == "total"]) > 1:
+        files[CARD_PLOT] = LocalFile.of(to_png(loss_plot(total)))
     at = target.at
     exports = {} if export else possible(NativeCheckpoint.open(folder, report).form)
     facts = CardFacts(at.endpoint, at.repo_id, at.revision, manifest, told, files, figures, exports)

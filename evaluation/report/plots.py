@@ -49,7 +49,7 @@ def layers_plot(layers: Sequence[LayerFigure], final: Sequence[float]) -> Figure
         layers: as they were quantized; empty if that is not known.
         final: error of the finished checkpoint's hidden states; empty if it was not measured.
     """
-    bits = [(layer.index, layer.bits) for layer in layers if layer.bits is not None]
+    bits = {layer.index: layer.bits for layer in layers if layer.bits is not None}
     figure, panels = _figure(*((3.0, 1.0) if bits else (1.0,)), height=HEIGHT + 0.4 * bool(bits))
     errors = panels[0]
     if layers:
@@ -64,7 +64,7 @@ def layers_plot(layers: Sequence[LayerFigure], final: Sequence[float]) -> Figure
     errors.set(ylabel="relative squared error")
     _legend(errors)
     if bits:
-        panels[1].bar(*zip(*bits, strict=True), color=GREEN, width=0.7)
+        panels[1].bar(list(bits), list(bits.values()), color=GREEN, width=0.7)
         panels[1].set(ylabel="bits", ylim=(0, None))
     panels[-1].set(xlabel="decoder layer")
     _whole_numbers(panels[-1])

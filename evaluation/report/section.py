@@ -192,7 +192,7 @@ def _measured_tiles(found: Evaluation) -> Iterator[Tile]:
 
 def _plots(subject: Subject, mark: str) -> Iterator[Plot]:
     found = subject.evaluation
-    if found is not None and found.against is not None and sum(found.against.kl_counts):
+    if found is not None and found.against is not None and any(found.against.kl_counts):
         svg = to_svg(
             kl_plot(found.against),
             prefix=f"{mark}-kl",

@@ -55,8 +55,8 @@ def to_svg(figure: Figure, *, prefix: str, label: str) -> str:
     import matplotlib
 
     written = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "rilq"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    settings = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rilq"})
+    with settings, warnings.catch_warnings():
         # A letter that matplotlib's font lacks: the reader's font is used, and may have it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(written, format="svg", transparent=True, metadata=_METADATA)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rilq.evaluation.report.subject import Subject
 from rilq.progress import duration, gigabytes
+from rilq.records.run import Run
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _layers(subject: Subject) -> Table:
     )
 
 
-def _stages(run: Any) -> Table:
+def _stages(run: Run) -> Table:
     rows = tuple(
         (
             Cell(stage.name),
