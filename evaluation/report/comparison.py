@@ -121,7 +121,7 @@ def _plots(subjects: Sequence[Subject], marks: Sequence[str]) -> list[Plot]:
                 groups.setdefault(each.tokens_digest, []).append((mark, bits, each))
     found = []
     for digest, members in groups.items():
-        text = members[0][2].text
+        text = members[0][2].text.partition("@")[0]
         if len(members) < 2:
             continue
         bases = [e.against.base_perplexity for _, _, e in members if e.against is not None]

@@ -198,7 +198,9 @@ def _plots(subject: Subject, mark: str) -> Iterator[Plot]:
             prefix=f"{mark}-kl",
             label=f"Histogram of the KL per token, mean {found.against.kl_mean:.3g}",
         )
-        yield Plot("KL per token", svg, f"{found.tokens:,} tokens of {found.text}")
+        yield Plot(
+            "KL per token", svg, f"{found.tokens:,} tokens of {found.text.partition('@')[0]}"
+        )
     seen = []
     for term in ("total", "mse", "ce", "kl"):
         points = [p for p in subject.losses if p.term == term]

@@ -62,13 +62,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def show(browser: Browser, page: Path) -> Callable[..., Browser]:
-    """`show(width=1200, theme="light", path=the report)`: a browser that shows it."""
+    """`show(width=1200, height=900, theme="light", path=the report)`: a browser that shows it."""
 
-    def open_page(width: int = 1200, theme: str = "light", path: Path = page) -> Browser:
+    def open_page(
+        width: int = 1200, height: int = 900, theme: str = "light", path: Path = page
+    ) -> Browser:
         command = browser.execute_cdp_cmd
         command(
             "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
         preferred = {"name": "prefers-color-scheme", "value": theme}
         command("Emulation.setEmulatedMedia", {"features": [preferred]})
@@ -209,7 +211,8 @@ def test_it_can_be_printed_with_everything_unfolded(show: Callable[..., Browser]
 
 @pytest.mark.skipif("RILQ_PICTURE_OF" not in os.environ, reason="only if RILQ_PICTURE_OF names it")
 def test_picture_for_the_readme(show: Callable[..., Browser]) -> None:
-    browser = show(path=Path(os.environ["RILQ_PICTURE_OF"]).resolve())
+    browser = show(path=Path(os.environ["RILQ_PICTURE_OF"]).resolve(), height=750)
+    browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_bytes(base64.b64decode(browser.get_screenshot_as_base64()))
     assert PICTURE.stat().st_size < 300_000
