@@ -6,6 +6,7 @@ Importing this imports torch and transformers, so `import rilq` leaves it until 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -129,22 +130,27 @@ def convert(
     database = _database(db, job)
     planned(job.plan)
     pipeline.progress(job)  # raises what would be refused, which is no run
-    with recording(database, conversion_run(job), report, chosen.work) as record:
+    with (
+        ExitStack() as afterwards,
+        recording(database, conversion_run(job), report, chosen.work) as record,
+    ):
         try:
             result = pipeline.convert(job, record.report)
         except BaseException:
-            record.tell(losses=losses_so_far(chosen.work))
+            with suppress(Exception):  # what ended the conversion is what counts
+                record.tell(losses=losses_so_far(chosen.work))
             raise
         record.tell(**conversion_found(job, result))
-    state = "already converted by this command" if result.already_done else "done"
-    report.note(f"{result.output}: {state}")
-    if page is not None and not (result.already_done and page.is_file()):
-        write_conversion_page(page, result.output, database, report)
-    if exports:
-        written = export(result.output, exports, device=chosen.device, report=report)
-        result = replace(result, exports=tuple(written))
-    if push is not None:
-        result = replace(result, pushed=push_folder(result.output, push, report))
+        state = "already converted by this command" if result.already_done else "done"
+        report.note(f"{result.output}: {state}")
+        if page is not None and not (result.already_done and page.is_file()):
+            # When the record has ended, so that it is on the page, and if a push fails as well.
+            afterwards.callback(write_conversion_page, page, result.output, database, report)
+        if exports:
+            written = export(result.output, exports, device=chosen.device, report=record.report)
+            result = replace(result, exports=tuple(written))
+        if push is not None:
+            result = replace(result, pushed=push_folder(result.output, push, record.report))
     return result
 
 

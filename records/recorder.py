@@ -98,7 +98,8 @@ class Recorder:
         if self._path is None:
             return
         self._ended.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         with self._lock:
             self._look()
             self._close_stage()
@@ -178,8 +179,8 @@ def recording(path: Path | None, run: Run, report: Reporter, folder: Path) -> It
         folder: on the volume whose free space counts; it need not exist yet.
     """
     recorder = Recorder(path, replace(run, started=time.time(), state="running"), report, folder)
-    recorder.begin()
     try:
+        recorder.begin()
         yield recorder
     except (Interrupted, KeyboardInterrupt) as err:
         recorder.end("stopped", str(err))

@@ -15,7 +15,9 @@ import pytest
 
 from rilq.errors import InputError, OutputError
 from rilq.evaluation.figures import Passages
+from rilq.records import connection as connection_module
 from rilq.records import schema
+from rilq.records.connection import explained
 from rilq.records.database import open_database, read_database
 from rilq.records.liveness import SILENCE
 from rilq.records.run import LayerFigure, LossPoint, Run, Sample, Stage
@@ -249,6 +251,28 @@ def test_a_sign_of_life_takes_back_that_a_run_was_killed(path: Path) -> None:
         connection.close()
         database.save(run)
         assert database.run(run.id).state == "running"
+
+
+def test_a_database_that_stays_locked_is_named_with_what_to_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_database(path) as database:
+        database.begin(RUN)
+    monkeypatch.setattr(connection_module, "BUSY", 0.1)
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(OutputError, match="locked\n  another program has held it"):
+        with open_database(path):
+            pass
+    holder.close()
+
+
+@pytest.mark.parametrize("said", ["locking protocol", "disk I/O error"])
+def test_a_file_system_without_locks_is_named(path: Path, said: str) -> None:
+    # What SQLite says on such a one, which a test cannot mount.
+    with pytest.raises(OutputError, match=f"{said}\n  .*without locks|has no locks"):
+        with explained(path):
+            raise sqlite3.OperationalError(said)
 
 
 # -- files that are not ours -----------------------------------------------------------------------
