@@ -56,7 +56,7 @@ def show_conversion(result: ConvertResult, model: str, page: Path | None, consol
 
     Args:
         model: as it was given, for commands that need it.
-        page: the report that was written.
+        page: of the report, if one was asked for; it has been told.
     """
     quality, plan = result.quality, result.plan
     losses = [loss for _, loss in quality.get("history", ()) if loss is not None]
@@ -69,13 +69,13 @@ def show_conversion(result: ConvertResult, model: str, page: Path | None, consol
         rows.append(("error by layer", f"{line}  {min(errors):.3g} to {max(errors):.3g}"))
     rows.append(("bits per weight", f"{plan.bits_per_weight:.2f}"))
     rows.append(("size", f"{gigabytes(plan.output_bytes)}, of {gigabytes(plan.read_bytes)} read"))
-    if page is not None:
-        rows.append(("report", str(page)))
     output = str(result.output)
     following = [
         ["eval", output, "--text", "wikitext2", "--against", model],
         ["compare", output, model],
     ]
+    if page is None:
+        following.append(["report", output, "-o", "report.html"])
     if result.pushed is None:
         following.append(["push", output, "OWNER/NAME"])
     _show(rows, following, console)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE = PALETTE.values()
 WIDTH, HEIGHT = 4.3, 2.7  # inches
+_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
 def loss_plot(points: Sequence[LossPoint]) -> Figure:
@@ -130,23 +131,24 @@ def timeline_plot(run: Run) -> Figure:
     rows = list(dict.fromkeys(stage.name for stage in run.stages))
     heights = [0.25 * len(rows) + 0.3, *([1.0, 0.8] if run.samples else [])]
     figure, panels = _figure(*heights, height=sum(heights) + 0.8)
+    unit, name = next((u, n) for u, n in _UNITS if run.seconds >= 2 * u or u == 1)
     for stage in run.stages:
-        panels[0].barh(rows.index(stage.name), max(stage.seconds, 0), left=stage.started,
-                       height=0.6, color=BLUE)  # fmt: skip
+        place, length = stage.started / unit, stage.seconds / unit
+        panels[0].barh(rows.index(stage.name), length, left=place, height=0.6, color=BLUE)
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].invert_yaxis()
     if run.samples:
-        at = [sample.at for sample in run.samples]
+        at = [sample.at / unit for sample in run.samples]
         _, memory, disk = panels
         memory.plot(at, [s.host_bytes / 1e9 for s in run.samples], color=ORANGE, label="host")
-        held = [(s.at, s.device_bytes / 1e9) for s in run.samples if s.device_bytes is not None]
-        if held:
-            memory.plot(*zip(*held, strict=True), color=PURPLE, linestyle="--", label="GPU")
+        device = [(s.device_bytes or 0) / 1e9 for s in run.samples]
+        if any(device):
+            memory.plot(at, device, color=PURPLE, linestyle="--", label="GPU")
             _legend(memory)
         memory.set(ylabel="memory,\nGB", ylim=(0, None))
         disk.plot(at, [s.disk_free_bytes / 1e9 for s in run.samples], color=GREEN)
         disk.set(ylabel="disk free,\nGB")
-    panels[-1].set(xlabel="seconds")
+    panels[-1].set(xlabel=name)
     return figure
 
 

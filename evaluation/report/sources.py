@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rilq.errors import CheckpointError, OptionError, RilqError
+from rilq.errors import CheckpointError, OptionError, RilqError, one_line
 from rilq.evaluation.report.page import write_page
 from rilq.evaluation.report.subject import Subject, folder_subject, runs_subject
 from rilq.formats.verify import MANIFEST_NAME, file_hash
@@ -42,8 +42,10 @@ def write_conversion_page(
     """
     try:
         write_page(page, [folder_subject(folder, _content_runs(folder, database))])
-    except (RilqError, OSError) as err:
+    except RilqError as err:
         report.warn(f"no report: {err}")
+    except Exception as err:  # a mistake in here must not look like one of the conversion
+        report.warn(f"no report: {one_line(err)}")
     else:
         report.note(f"{page}: report")
 

@@ -33,9 +33,14 @@ def test_convert_writes_its_page_beside_the_output_and_says_what_next(
     page = (tmp_path / "out.report.html").read_text()
     assert "<h1" in page and page.count("<svg") >= 2 and "Checksums" in page
     assert not list(out.glob("*.html"))
-    for told in ("validation loss", "error by layer", "bits per weight", "out.report.html",
-                 f"rilq eval {out} --text wikitext2 --against {tiny_llama}",
-                 f"rilq push {out} OWNER/NAME"):  # fmt: skip
+    for told in (
+        "validation loss",
+        "error by layer",
+        "bits per weight",
+        f"{out}.report.html: report",
+        f"rilq eval {out} --text wikitext2 --against {tiny_llama}",
+        f"rilq push {out} OWNER/NAME",
+    ):
         assert told in ended.err, told
     before = hashes(tmp_path)
     (tmp_path / "out.report.html").unlink()
