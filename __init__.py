@@ -12,7 +12,6 @@ from rilq.formats.registration import install
 if TYPE_CHECKING:
     from rilq.api import convert as convert
     from rilq.api import evaluate as evaluate
-    from rilq.api import load as load
     from rilq.api import plan as plan
     from rilq.converter.analysis import AnalyzeOptions as AnalyzeOptions
     from rilq.converter.analyze import analyze as analyze
@@ -20,9 +19,11 @@ if TYPE_CHECKING:
     from rilq.converter.plan import check_fits as check_fits
     from rilq.errors import InputError as InputError
     from rilq.errors import RilqError as RilqError
+    from rilq.evaluation.compare import compare as compare
     from rilq.evaluation.export import export as export
     from rilq.evaluation.push import PushOptions as PushOptions
     from rilq.evaluation.push import push as push
+    from rilq.evaluation.whole import load as load
     from rilq.formats.export.kind import ExportOptions as ExportOptions
     from rilq.formats.verify import verify as verify
     from rilq.progress import LogReporter as LogReporter
@@ -46,10 +47,11 @@ _HOMES = {
     "SilentReporter": "rilq.progress",
     "analyze": "rilq.converter.analyze",
     "check_fits": "rilq.converter.plan",
+    "compare": "rilq.evaluation.compare",
     "convert": "rilq.api",
     "evaluate": "rilq.api",
     "export": "rilq.evaluation.export",
-    "load": "rilq.api",
+    "load": "rilq.evaluation.whole",
     "plan": "rilq.api",
     "push": "rilq.evaluation.push",
     "verify": "rilq.formats.verify",

@@ -1,4 +1,4 @@
-"""rilq from Python: `rilq.plan`, `convert`, `evaluate`, `load`; the commands call the same ones.
+"""rilq from Python: `rilq.plan`, `convert`, `evaluate`; the commands call the same functions.
 
 Importing this imports torch and transformers, so `import rilq` leaves it until it is needed.
 """
@@ -11,30 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult, Job
 from rilq.converter.plan import Plan
-from rilq.errors import CheckpointError, one_line
-from rilq.evaluation import perplexity
+from rilq.evaluation.evaluate import DEFAULT_TEXT, evaluate_with_passages
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
 from rilq.evaluation.report.sources import write_conversion_page
 from rilq.formats.export.kind import ExportOptions
-from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.progress import Reporter, SilentReporter
 from rilq.records.conversion import conversion_found, conversion_run, losses_so_far
 from rilq.records.evaluation import database_of, evaluation_found, measured_run
 from rilq.records.place import AUTO, database_for
 from rilq.records.recorder import recording
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @overload
@@ -156,14 +150,14 @@ def convert(
 
 def evaluate(
     model: str,
-    text: str,
+    text: str = DEFAULT_TEXT,
     *,
     revision: str | None = None,
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
     db: str | Path = AUTO,
     **options: Any,
 ) -> Evaluation:
-    """Measure a checkpoint, dense or converted, on a text.
+    """Measure a checkpoint, dense or converted; see docs/evaluation.md.
 
     Args:
         model: a folder, or `owner/name` on the Hub.
@@ -172,53 +166,19 @@ def evaluate(
         report: receives progress.
         db: file of the database that the run is recorded in, or "none"; "auto" is what RILQ_DB
             says, else `rilq.db` beside a converted checkpoint, or in the current folder.
-        options: of `rilq.evaluation.perplexity.evaluate`, by name.
+        options: of `rilq.evaluation.evaluate.evaluate_with_passages`, by name.
 
     Raises:
         InputError: before any work, for what cannot succeed.
-        RilqError: the model computes NaN or infinity.
+        RilqError: the model computes NaN or infinity, or the work failed.
     """
     run = measured_run(model, revision=revision, options={"text": text, **options})
     with recording(database_of(run, db), run, report, Path(gettempdir())) as record:
-        found = perplexity.evaluate(model, text, revision=revision, report=record.report, **options)
-        record.tell(**evaluation_found(found))
-    return found
-
-
-def load(
-    model: str | Path, *, revision: str | None = None, device: str = "auto", **options: Any
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint, converted or not, with transformers; for generation and fine-tuning.
-
-    A LoRA that lies beside a converted checkpoint is attached by PEFT.
-
-    Args:
-        model: a folder, or `owner/name` on the Hub.
-        revision: branch, tag or commit on the Hub.
-        device: "auto", "cpu", "cuda", "cuda:1"; "auto" spreads over what there is.
-        options: further ones of `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
-
-    Raises:
-        CheckpointError: transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        loaded: PreTrainedModel | PeftModel = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, device_map=device, trust_remote_code=False, **options
+        found, passages = evaluate_with_passages(
+            model, text, revision=revision, report=record.report, **options
         )
-    except (OSError, ValueError) as err:
-        raise CheckpointError(
-            f"{model}: transformers cannot load it: {one_line(err)}\n"
-            "  give the folder of a checkpoint, or owner/name on the Hub"
-        ) from err
-    adapter = Path(model) / ADAPTER_FOLDER
-    if adapter.is_dir():
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return loaded.eval(), tokenizer
+        record.tell(**evaluation_found(found, passages))
+    return found
 
 
 def _database(db: str | Path, job: Job) -> Path | None:

@@ -313,7 +313,7 @@ class Bench:
         found = []
         for text in self.texts:
             command = [sys.executable, "-m", "rilq", "eval", out, "--text", text]
-            command += ["--seqlen", self.args.seqlen, "--json", "--quiet"]
+            command += ["--seqlen", self.args.seqlen, "--no-speed", "--json", "--quiet"]
             if text is self.texts[0] and out != self.args.model:
                 command += ["--against", self.args.model]
             found.append(json.loads(run(command, self.args.threads).output))

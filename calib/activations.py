@@ -187,12 +187,18 @@ class ActivationStore:
                 self._fill(file, index, rows[place])
         return rows
 
-    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order: `(first row, [at most size, seq_len, hidden])`, one read ahead."""
+    def batches(self, size: int, rows: range | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Rows in order: `(first row, [at most size, seq_len, hidden])`, one read ahead.
+
+        Args:
+            size: rows at once.
+            rows: consecutive ones; None for all.
+        """
         if size < 1:
             raise ValueError(f"batches of {size} rows")
-        starts = range(0, self.shape[0], size)
-        yield from prefetch(self._reading(start, size) for start in starts)
+        wanted = range(self.shape[0]) if rows is None else rows
+        starts = range(wanted.start, wanted.stop, size)
+        yield from prefetch(self._reading(at, min(at + size, wanted.stop)) for at in starts)
 
     def digest(self) -> str:
         """xxh3_128 of the file as it is now, in hex, comparable with `ActivationWriter.digest`.
@@ -218,8 +224,8 @@ class ActivationStore:
         """Remove the file; a missing one is fine."""
         self.path.unlink(missing_ok=True)
 
-    def _reading(self, start: int, size: int) -> Callable[[], tuple[int, Tensor]]:
-        return lambda: (start, self.read(start, min(start + size, self.shape[0])))
+    def _reading(self, start: int, stop: int) -> Callable[[], tuple[int, Tensor]]:
+        return lambda: (start, self.read(start, stop))
 
     def _open(self) -> FileIO:
         try:

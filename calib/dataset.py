@@ -9,8 +9,9 @@ Documents become tokens; tokens become rows. How much of a text is read:
   as a document.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,7 @@ Mode = Literal["packed", "documents"]
 DEFAULT_ROWS = 320  # 256 to train and 64 to validate (RILQ's code)
 MINIMUM_ROWS = 8  # one effective batch
 HUB_EVALUATION_ROWS = 256  # what the field takes of C4's validation split (GPTQ's code)
+FIELD_SEQLEN = 2048  # the field's context for perplexity figures
 
 _OVERSAMPLE = 8
 _CHUNK = 1 << 20  # characters of a long document that are looked at together
@@ -44,12 +46,24 @@ class Rows:
         digest: xxh3_128 of the shape and the tokens, in hex.
         notes: what the user should know, one line each.
         sources: labels without any path of this machine: `name@xxh3:hash`, `owner/name@commit:…`.
+        text_bytes: UTF-8 bytes of the text that the tokens of evaluation rows stand for; None for
+            other rows, and if the tokenizer cannot say where in the text its tokens lie.
     """
 
     tokens: Tensor
     digest: str
     notes: tuple[str, ...]
     sources: tuple[str, ...]
+    text_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Token ids `[n]` int32 of a text, and the text; special tokens may be among them."""
+
+    ids: Tensor
+    text: str = ""
+    specials: bool = False
 
 
 def calibration_rows(
@@ -116,7 +130,8 @@ def evaluation_rows(
 ) -> Rows:
     """All non-overlapping windows of a text, in order; the last partial one is dropped.
 
-    Of a Hub stream (other than `wikitext2`, which is read whole) the first 256 windows are taken.
+    `wikitext2` and `c4` come in the field's form (`rilq.calib.sources`). Of a Hub stream, `c4` too,
+    the first 256 windows are taken.
 
     Raises:
         DatasetError: the source is missing, unreadable, damaged, or shorter than one window.
@@ -126,17 +141,81 @@ def evaluation_rows(
         raise OptionError(f"evaluation windows of {seqlen} tokens predict nothing")
     opened = open_texts(source, tokenizer, text_key, seed=None)
     limit = HUB_EVALUATION_ROWS if opened.on_hub else None
-    tokens, found = _packed(_tokens(opened, tokenizer), seqlen, limit)
+    size = _TextSize(tokenizer, seqlen, limit)
+    tokens, found = _packed(size.watched(_encoded(opened, tokenizer)), seqlen, limit)
     if not len(tokens):
         raise DatasetError(_too_short(opened.name, found, 1, seqlen))
-    notes = [f"{opened.label}: the first {limit} windows"] if len(tokens) == limit else []
-    return _rows(tokens, notes, [opened])
+    rows = _rows(tokens, _evaluation_notes(opened, len(tokens), seqlen, limit), [opened])
+    return replace(rows, text_bytes=size.total())
+
+
+def _evaluation_notes(
+    opened: Opened, windows: int, seqlen: int, limit: int | None
+) -> Iterator[str]:
+    first = "the first " if windows == limit else ""
+    yield f"{opened.label}: {first}{windows} windows of {seqlen} tokens that do not overlap"
+    if opened.form:
+        yield f"{opened.name}: {opened.form}, as in the field's published figures" + (
+            "" if seqlen == FIELD_SEQLEN else f", which have windows of {FIELD_SEQLEN} tokens"
+        )
+
+
+class _TextSize:
+    """Counts the bytes of text that whole windows take from a stream of texts.
+
+    Args:
+        tokenizer: that encoded them.
+        seqlen: tokens of a window.
+        limit: windows at most.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", seqlen: int, limit: int | None
+    ) -> None:
+        self._tokenizer, self._seqlen, self._limit = tokenizer, seqlen, limit
+        self._tokens = self._bytes = 0  # of the texts that lie in whole windows
+        self._pending: deque[_Encoded] = deque()  # those that follow
+        self._read = 0
+
+    def watched(self, stream: Iterator[_Encoded]) -> Iterator[Tensor]:
+        """The token ids of each text, counted."""
+        for each in stream:
+            self._pending.append(each)
+            self._read += len(each.ids)
+            while self._pending and len(self._pending[0].ids) <= self._left:
+                whole = self._pending.popleft()
+                self._tokens += len(whole.ids)
+                self._bytes += len(whole.text.encode())
+            yield each.ids
+
+    @property
+    def _left(self) -> int:
+        """Tokens in whole windows that are not counted yet."""
+        windows = self._read // self._seqlen
+        return min(windows, self._limit or windows) * self._seqlen - self._tokens
+
+    def total(self) -> int | None:
+        """Bytes in the windows; None if the tokenizer does not know where in a text a token is."""
+        if not self._left:
+            return self._bytes
+        if not self._tokenizer.is_fast:
+            return None
+        last = self._pending[0]
+        places = self._tokenizer(
+            last.text,
+            add_special_tokens=last.specials,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["offset_mapping"][: self._left]
+        end = max(end for _, end in places)  # special tokens lie at 0
+        return self._bytes + len(last.text[:end].encode())
 
 
 # ---- tokens into rows ---------------------------------------------------------------------------
 
 
-def _rows(tokens: Tensor, notes: Sequence[str], opened: Sequence[Opened]) -> Rows:
+def _rows(tokens: Tensor, notes: Iterable[str], opened: Sequence[Opened]) -> Rows:
     tokens = tokens.to(torch.int64).contiguous()
     state = xxhash.xxh3_128(repr(tuple(tokens.shape)).encode())
     state.update(tokens.numpy().astype("<i8", copy=False).data)
@@ -199,7 +278,7 @@ def _too_few_documents(name: str, documents: int, rows: int, seqlen: int) -> str
     )
 
 
-def _packed(stream: Iterator[Tensor], seqlen: int, limit: int | None) -> tuple[Tensor, int]:
+def _packed(stream: Iterable[Tensor], seqlen: int, limit: int | None) -> tuple[Tensor, int]:
     """Concatenate, cut to at most `limit` rows `[n, seqlen]`; and the number of tokens read."""
     parts: list[Tensor] = []
     total = 0
@@ -243,13 +322,20 @@ def _pick(count: int, draw: torch.Generator) -> int:
 
 def _tokens(source: Opened, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Tensor]:
     """Token ids `[n]` int32 of each document (of each piece of a long one); at least one."""
+    return (each.ids for each in _encoded(source, tokenizer))
+
+
+def _encoded(source: Opened, tokenizer: "PreTrainedTokenizerBase") -> Iterator[_Encoded]:
+    """Likewise, each with its text."""
     empty = True
     for batch in batches(source.texts):
         empty = False
         if batch[0].long:
             yield from _encode_long(tokenizer, batch[0])
             continue
-        yield from _encode(tokenizer, [text.text for text in batch], batch[0].specials)
+        found, specials = [text.text for text in batch], batch[0].specials
+        for text, ids in zip(found, _encode(tokenizer, found, specials), strict=True):
+            yield _Encoded(ids, text, specials)
     if empty:
         raise DatasetError(
             f"{source.name}: holds no text (it is empty, or white space only)\n"
@@ -270,14 +356,14 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], specials: bo
     return [torch.tensor(ids, dtype=torch.int32) for ids in lists]
 
 
-def _encode_long(tokenizer: "PreTrainedTokenizerBase", text: Text) -> Iterator[Tensor]:
-    """Token ids `[n]` int32 of the pieces of one document that is too long for a single call."""
+def _encode_long(tokenizer: "PreTrainedTokenizerBase", text: Text) -> Iterator[_Encoded]:
+    """The pieces of one document that is too long for a single call."""
     before, after = _specials(tokenizer) if text.specials else (torch.empty(0).int(),) * 2
-    yield before
+    yield _Encoded(before)
     chunks = (text.text[i : i + _CHUNK] for i in range(0, len(text.text), _CHUNK))
     for piece in pieces(chunks):
-        yield from _encode(tokenizer, [piece], specials=False)
-    yield after
+        yield from (_Encoded(ids, piece) for ids in _encode(tokenizer, [piece], specials=False))
+    yield _Encoded(after)
 
 
 def _specials(tokenizer: "PreTrainedTokenizerBase") -> tuple[Tensor, Tensor]:

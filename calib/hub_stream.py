@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from rilq.calib.texts import Record
@@ -19,13 +20,21 @@ _AHEAD = 64  # records fetched before they are wanted
 
 @dataclass(frozen=True)
 class HubSet:
-    """What `datasets.load_dataset` is asked for; `joined`: all records are one document."""
+    """What `datasets.load_dataset` is asked for, and what is made of it.
+
+    Attributes:
+        between: what joins all records to one document; None keeps them apart.
+        first: so many records are taken; None for all.
+        form: that, for people.
+    """
 
     name: str
     split: str = "train"
     config: str | None = None
     file: str | None = None
-    joined: bool = False
+    between: str | None = None
+    first: int | None = None
+    form: str = ""
 
 
 def find_commit(name: str) -> str:
@@ -50,7 +59,8 @@ def hub_records(hub: HubSet, revision: str) -> Iterator[Record]:
     """
     with _quiet_hub():
         try:
-            for number, record in enumerate(_patient(_stream(hub, revision), _PATIENCE), 1):
+            records = islice(_patient(_stream(hub, revision), _PATIENCE), hub.first)
+            for number, record in enumerate(records, 1):
                 yield f"{hub.name} record {number}", record
         except Exception as err:  # any exception of datasets, fsspec, pyarrow or the HTTP client
             raise _hub_failure(hub.name, err) from err

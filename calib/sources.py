@@ -43,13 +43,20 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that exists: its name for messages, its label, its texts, and their nature."""
+    """A source that exists: its name for messages, its label, its texts, and their nature.
+
+    Attributes:
+        plain: one text without records.
+        on_hub: as long as one likes to read.
+        form: what was made of the records, for people.
+    """
 
     name: str
     label: str
     texts: Iterator[Text]
     plain: bool = False
     on_hub: bool = False
+    form: str = ""
 
 
 def parse_source(text: str) -> DataSource:
@@ -106,8 +113,11 @@ def open_texts(
         revision = find_commit(hub.name)
         label = ":".join(filter(None, (f"{hub.name}@{revision[:12]}", hub.config, hub.split)))
         texts = record_texts(hub_records(hub, revision), tokenizer, text_key)
-        if hub.joined:
-            return Opened(source.location, label, joined(texts))
+        if hub.between is not None:
+            texts = joined(texts, hub.between)
+            return Opened(
+                source.location, label, texts, on_hub=hub.first is not None, form=hub.form
+            )
         if seed is not None:
             texts = shuffled(texts, torch.Generator().manual_seed(seed))
         return Opened(source.location, label, texts, on_hub=True)
@@ -126,17 +136,23 @@ def open_texts(
 def _hub_set(location: str, evaluating: bool) -> HubSet | None:
     """What a location means on the Hub; None where it is a path.
 
+    To evaluate, `c4` and `wikitext2` are in the form of GPTQ's code, which most papers took over:
+    the beginning of C4's first validation shard, and WikiText-2's test split, as one document.
+
     A name on the Hub never looks at the folder one happens to be in, except that an existing
     path `owner/name` wins; `./c4` is a file of that name.
     """
     if location == "c4":
         if evaluating:
             file = "en/c4-validation.00000-of-00008.json.gz"
-            return HubSet("allenai/c4", "validation", file=file)
+            form = "the first 1100 documents, joined by a space"
+            return HubSet("allenai/c4", "validation", file=file, between=" ", first=1100, form=form)
         return HubSet("allenai/c4", file="en/c4-train.00000-of-01024.json.gz")
     if location == "wikitext2":
         split = "test" if evaluating else "train"
-        return HubSet("Salesforce/wikitext", split, "wikitext-2-raw-v1", joined=True)
+        form = f"the {split} split, its lines joined by blank ones"
+        config = "wikitext-2-raw-v1"
+        return HubSet("Salesforce/wikitext", split, config, between="\n\n", form=form)
     is_file = location.lower().endswith(_FILE_SUFFIXES) or os.path.exists(location)
     return None if is_file or not _HUB_NAME.fullmatch(location) else HubSet(location)
 

@@ -79,9 +79,9 @@ def _render(messages: list[Any], tokenizer: "PreTrainedTokenizerBase", where: st
         ) from err
 
 
-def joined(texts: Iterable[Text]) -> Iterator[Text]:
-    """One document of all, joined as GPTQ's and most papers' WikiText-2 code does."""
-    yield Text("\n\n".join(text.text for text in texts), specials=True)
+def joined(texts: Iterable[Text], between: str) -> Iterator[Text]:
+    """One document of all."""
+    yield Text(between.join(text.text for text in texts), specials=True)
 
 
 def shuffled(texts: Iterable[Text], draw: torch.Generator) -> Iterator[Text]:

@@ -72,7 +72,7 @@ def show_conversion(result: ConvertResult, model: str, page: Path | None, consol
     output = str(result.output)
     following = [
         ["eval", output, "--text", "wikitext2", "--against", model],
-        ["compare", output, model],
+        ["compare", output, model, "--text", "wikitext2"],
     ]
     if page is None:
         following.append(["report", output, "-o", "report.html"])
@@ -96,7 +96,11 @@ def show_evaluation(model: str, text: str, result: Evaluation, console: Console)
         line = sparkline(counts, console.encoding)
         rows.append(("KL per token", f"{line}  {edges[0]:.1g} to {edges[-1]:.2g} nats"))
     if losses or (folder / "rilq.json").is_file():
-        following += [["report", model, "-o", "report.html"], ["push", model, "OWNER/NAME"]]
+        following += [
+            ["compare", model, "OTHER", "--text", text],
+            ["report", model, "-o", "report.html"],
+            ["push", model, "OWNER/NAME"],
+        ]
     _show(rows, following, console)
 
 

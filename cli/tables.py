@@ -10,7 +10,6 @@ from rilq.progress import Reporter, duration, gigabytes
 if TYPE_CHECKING:
     from rilq.converter.analysis import Analysis
     from rilq.converter.plan import Plan
-    from rilq.evaluation.figures import Evaluation
     from rilq.evaluation.push import PushResult
 
 
@@ -77,17 +76,6 @@ def plan_table(plan: "Plan") -> Table:
     return table
 
 
-def evaluation_table(model: str, result: "Evaluation") -> Table:
-    table = Table(title=model, show_header=False, title_justify="left")
-    for name, value in result.as_dict().items():
-        if isinstance(value, dict):
-            for inner, figure in value.items():
-                table.add_row(f"{name} {inner}".replace("_", " "), _figure(figure))
-        elif value is not None:
-            table.add_row(name.replace("_", " "), _figure(value))
-    return table
-
-
 def analysis_table(found: "Analysis") -> Table:
     from rilq.converter.analysis import HEADINGS, table_rows
 
@@ -98,7 +86,3 @@ def analysis_table(found: "Analysis") -> Table:
     for scope, fixed, *figures in table_rows(found):
         table.add_row(f"{scope}, {fixed}" if fixed else scope, *figures)
     return table
-
-
-def _figure(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -41,7 +41,7 @@ from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions
 from rilq.converter.workdir import WorkDir, open_workdir
 from rilq.errors import OptionError, OutputError, RilqError
-from rilq.evaluation.forward import Subject, measure
+from rilq.evaluation.forward import Subject, mean_loss
 from rilq.evaluation.gap import gap_closed
 from rilq.formats.durable import write_bytes
 from rilq.formats.spec import QuantSpec
@@ -203,9 +203,9 @@ class _Analyzer:
         streamed = StreamedModel(old.checkpoint, dtype=old.dtype, device=old.device)
         place = self.work.file("full")
         place.mkdir()
-        losses, _ = measure([Subject(streamed, None)], self.held_out.tokens, place, self.report)
+        loss = mean_loss(Subject(streamed, None), self.held_out.tokens, place, self.report)
         shutil.rmtree(place)
-        return math.exp(losses[0])
+        return math.exp(loss)
 
     def _student(self, spec: AdapterSpec | None, *, plain: bool = False) -> Student:
         """The base with new adapters; with `plain`, the rounded one in any case."""

@@ -99,6 +99,14 @@ class StreamedModel:
             if not n.startswith(self.prefix + ".") and not n.endswith(_DERIVED) and n not in tied
         ]
 
+    def scoring_names(self) -> list[str]:
+        """Those of `outer_names` that `logits` needs: an embedding only where it is the head."""
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        if _tied_names(self.model):
+            return self.outer_names()
+        unused = {f"{n}.weight" for n, m in self.model.named_modules() if m is embedding}
+        return [name for name in self.outer_names() if name not in unused]
+
     def tied_names(self) -> list[str]:
         """Checkpoint names of a head that is stored although it is the embedding."""
         return sorted(_tied_names(self.model) & self.checkpoint.tensors.keys())

@@ -23,8 +23,9 @@ from rilq.converter.pipeline import Job
 from rilq.errors import RilqError
 from rilq.evaluation.forward import Subject
 from rilq.evaluation.lora import find_adapter
-from rilq.evaluation.perplexity import positions, scratch_folder
+from rilq.evaluation.perplexity import positions
 from rilq.evaluation.readback import ExportedCheckpoint, LogitDifference, ReadBack
+from rilq.evaluation.scratch import scratch_folder
 from rilq.formats.export.kind import ExportOptions
 from rilq.formats.export.kinds import kind_of
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
@@ -156,7 +157,7 @@ def _write_all(
     subject = Subject(streamed, find_adapter(streamed, report))
     tokens, label = _rows(subject, text)
     done = {}
-    with scratch_folder(None, [subject, subject], tokens) as scratch:
+    with scratch_folder([subject, subject], tokens) as scratch:
         compared = ReadBack(subject, tokens, scratch, report)
         for name, output in outputs.items():
             done[name] = _export(name, output, native, options, compared, label, report)

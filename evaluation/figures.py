@@ -69,6 +69,16 @@ class WorstPassage:
     base_choice: str
     choice: str
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WorstPassage:
+        """From what `asdict` gave, lists for tuples.
+
+        Raises:
+            KeyError, TypeError: it is something else.
+        """
+        tokens = tuple(PassageToken(**each) for each in values["tokens"])
+        return cls(**{**values, "tokens": tokens})
+
 
 @dataclass(frozen=True)
 class TaskFigure:
@@ -143,8 +153,8 @@ class Evaluation:
         tokens: predicted tokens, `windows * (seqlen - 1)`.
         windows: non-overlapping windows of the text; a last partial one is left out.
         seqlen: tokens per window.
-        bits_per_byte: the mean loss in bits, times tokens per byte of the windows; None unless the
-            windows spell the beginning of a local file exactly, so that their bytes are known.
+        bits_per_byte: the mean loss in bits, times tokens per byte of the text in the windows; None
+            if the tokenizer cannot say which bytes its tokens stand for.
         bits_per_weight: over the quantized linears, codes with 16-bit scales and zero-points (not
             the adapter); of a dense checkpoint over all linears of the decoder layers, as stored.
         size_bytes: of all weight files, the adapter's included.
@@ -152,6 +162,7 @@ class Evaluation:
         dtype: what the layers computed in.
         text: label of the text with its hash or commit, without any path.
         tokens_digest: xxh3 of the token rows; figures with the same one are of the same data.
+        notes: how much of the text was taken and in what form, one line each.
         against: comparison with the base; None if there was none.
         layer_errors: relative squared error of the hidden states after each decoder layer,
             `|h - h_base|^2 / |h_base|^2`, both run from the embedding on; None without a base, or
@@ -171,6 +182,7 @@ class Evaluation:
     dtype: str
     text: str
     tokens_digest: str
+    notes: tuple[str, ...] = ()
     against: Divergence | None = None
     layer_errors: tuple[float, ...] | None = None
     worst: tuple[WorstPassage, ...] = ()
@@ -189,20 +201,17 @@ class Evaluation:
         Raises:
             KeyError, TypeError: it is something else.
         """
-        worst = (
-            WorstPassage(**{**w, "tokens": tuple(PassageToken(**t) for t in w["tokens"])})
-            for w in values["worst"]
-        )
         against, errors, speed = (values[k] for k in ("against", "layer_errors", "speed"))
         return cls(**{
             **values,
+            "notes": tuple(values["notes"]),
             "against": None if against is None else Divergence(**{
                 **against,
                 "kl_edges": tuple(against["kl_edges"]),
                 "kl_counts": tuple(against["kl_counts"]),
             }),
             "layer_errors": None if errors is None else tuple(errors),
-            "worst": tuple(worst),
+            "worst": tuple(WorstPassage.from_dict(each) for each in values["worst"]),
             "tasks": tuple(TaskFigure(**each) for each in values["tasks"]),
             "generations": tuple(Generation(**each) for each in values["generations"]),
             "speed": None if speed is None else Speed(**speed),

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.layers import StreamedModel
 from rilq.errors import RilqError
-from rilq.evaluation.divergence import DivergenceSum
 from rilq.evaluation.lora import PeftAdapter
 from rilq.progress import Reporter
 
 LAYER_TOKENS = 4096  # tokens that run through a layer at once; more gains nothing on a CPU
-LOGITS = 1 << 25  # logits of one model at once: 128 MB, and some six times that in a comparison
+LOGITS = 1 << 23  # logits of one model at once: 32 MB, and some six times that in a comparison
 
 
 @dataclass(frozen=True)
@@ -42,52 +41,39 @@ class Subject:
             headers.append(self.adapter.header)
         return sum(header.file_size for header in headers)
 
-    def states_bytes(self, tokens: int) -> int:
-        """Bytes of the hidden states of so many tokens at one layer boundary."""
-        return int(tokens * self.streamed.config.hidden_size * self.streamed.dtype.itemsize)
+    def states(self, path: Path, tokens: Tensor) -> ActivationStore:
+        """Hidden states of token rows `[rows, seq_len]` at one layer boundary, in this file."""
+        shape = (*tokens.shape, self.streamed.config.hidden_size)
+        return ActivationStore(path, shape, self.streamed.dtype)
 
 
 @torch.no_grad()
-def measure(
-    subjects: Sequence[Subject], tokens: Tensor, folder: Path, report: Reporter
-) -> tuple[list[float], DivergenceSum | None]:
-    """Run each subject up to its last decoder layer, then score all of them side by side.
+def mean_loss(subject: Subject, tokens: Tensor, folder: Path, report: Reporter) -> float:
+    """Mean negative log-likelihood of a checkpoint alone, in nats per predicted token.
 
     Args:
-        subjects: the one to measure and, for a comparison, its base.
         tokens: `[rows, seq_len]` int64; in each row all tokens but the first are predicted.
         folder: an empty one, for the hidden states.
 
-    Returns:
-        Mean loss per predicted token of each subject, in nats, and how the first diverges from
-        the second.
-
     Raises:
-        RilqError: a model computes NaN or infinity.
+        RilqError: the model computes NaN or infinity.
         OutputError: the volume is full.
     """
-    stores: list[ActivationStore] = []
-    for subject, stage in zip(subjects, ("evaluate", "evaluate base"), strict=False):
-        report.stage(stage, len(subject.streamed.layers), "layer")
-        place = folder / f"model-{len(stores)}"
-        place.mkdir()
-        stores.append(last_states(subject, tokens, place, report))
-    report.stage("score", len(tokens), "window")
-    totals, scored = [0.0] * len(subjects), 0
-    divergence = DivergenceSum() if len(subjects) > 1 else None
-    for rows, logits, targets in predictions(subjects, stores, tokens):
-        for number, each in enumerate(logits):
-            losses = F.cross_entropy(each.flatten(0, 1), targets.flatten(), reduction="none")
-            totals[number] += losses.sum(dtype=torch.float64).item()
-        if divergence is not None:
-            divergence.add(base=logits[1], logits=logits[0])
-        scored += targets.numel()
-        report.step(rows, loss=round(totals[0] / scored, 4))
-    means = [_checked(t / scored, s) for t, s in zip(totals, subjects, strict=True)]
-    return means, divergence
+    report.stage("evaluate", len(subject.streamed.layers), "layer")
+    states = last_states(subject, tokens, folder, report)
+    total = 0.0
+    for _, _, (logits,), targets in predictions([subject], [states], tokens):
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        total += losses.sum(dtype=torch.float64).item()
+    return checked_loss(total / tokens[:, 1:].numel(), subject)
 
 
-def _checked(loss: float, subject: Subject) -> float:
+def checked_loss(loss: float, subject: Subject) -> float:
+    """The mean loss of a checkpoint, if it is a number that has an exponential.
+
+    Raises:
+        RilqError: it is not.
+    """
     if not loss < 700:  # exp ends near 709; NaN is not below anything
         raise RilqError(
             f"{subject.label}: the loss is {loss} nats per token in {subject.streamed.dtype}\n"
@@ -102,17 +88,13 @@ def last_states(
     """The last decoder layer's output on disk; embedding and head stay on the device."""
     streamed, checkpoint = subject.streamed, subject.streamed.checkpoint
     with checkpoint.in_order(streamed.reading_steps()) as advance:
-        streamed.load_outer(checkpoint.read(streamed.outer_names()))
-        streamed.check_tied()
+        load_outer(subject, tokens.shape[1])
         advance()
-        streamed.prepare(tokens.shape[1])
-        batches = tokens.split(max(1, LAYER_TOKENS // tokens.shape[1]))
-        shape = (*tokens.shape, streamed.config.hidden_size)
-        states = ActivationStore(folder / "embedding.bin", shape, streamed.dtype)
-        _write(states, map(streamed.embed, batches), f"{subject.label}: embedding")
+        states = subject.states(folder / "embedding.bin", tokens)
+        run_embedding(subject, tokens, states)
         for index in range(len(streamed.layers)):
-            following = ActivationStore(folder / f"layer-{index}.bin", shape, streamed.dtype)
-            _run_layer(subject, index, states, following)
+            following = subject.states(folder / f"layer-{index}.bin", tokens)
+            run_layer(subject, index, states, following)
             advance()
             states.delete()
             states = following
@@ -120,10 +102,24 @@ def last_states(
     return states
 
 
-def _run_layer(
+def load_outer(subject: Subject, seqlen: int) -> None:
+    """Embedding, final norm and head on the device, ready for rows of `seqlen` tokens."""
+    streamed = subject.streamed
+    streamed.load_outer(streamed.checkpoint.read(streamed.outer_names()))
+    streamed.check_tied()
+    streamed.prepare(seqlen)
+
+
+def run_embedding(subject: Subject, tokens: Tensor, states: ActivationStore) -> str:
+    """Write the first hidden states of token rows; gives the file's xxh3."""
+    batches = map(subject.streamed.embed, tokens.split(_rows_at_once(states)))
+    return _write(states, batches, f"{subject.label}: embedding")
+
+
+def run_layer(
     subject: Subject, index: int, states: ActivationStore, following: ActivationStore
-) -> None:
-    """One decoder layer from file to file; it is in memory only meanwhile."""
+) -> str:
+    """One decoder layer from file to file, in memory only meanwhile; gives the file's xxh3."""
     streamed, adapter = subject.streamed, subject.adapter
     tensors = streamed.checkpoint.read(streamed.layer_names(index))
     with (
@@ -132,39 +128,63 @@ def _run_layer(
     ):
         outputs = (
             streamed.run(index, batch.to(streamed.device))
-            for _, batch in states.batches(max(1, LAYER_TOKENS // states.shape[1]))
+            for _, batch in states.batches(_rows_at_once(states))
         )
-        _write(following, outputs, f"{subject.label}: decoder layer {index}")
+        return _write(following, outputs, f"{subject.label}: decoder layer {index}")
 
 
-def _write(store: ActivationStore, batches: Iterable[Tensor], label: str) -> None:
+def squared_error(states: ActivationStore, base: ActivationStore, device: torch.device) -> float:
+    """`|h - h_base|^2 / |h_base|^2` over all hidden states of one layer boundary."""
+    size, apart, whole = _rows_at_once(states), 0.0, 0.0
+    for (_, own), (_, other) in zip(states.batches(size), base.batches(size), strict=True):
+        expected = other.to(device).float()
+        difference = own.to(device).float().sub_(expected)
+        apart += difference.square_().sum(dtype=torch.float64).item()
+        whole += expected.square().sum(dtype=torch.float64).item()
+    return apart / whole if whole else 0.0
+
+
+def _rows_at_once(states: ActivationStore) -> int:
+    return max(1, LAYER_TOKENS // states.shape[1])
+
+
+def _write(store: ActivationStore, batches: Iterable[Tensor], label: str) -> str:
     with ActivationWriter(store.path, store.shape, store.dtype, label=label) as writer:
         for batch in batches:
             writer.append(batch)
+    return writer.digest
 
 
 def predictions(
-    subjects: Sequence[Subject], stores: Sequence[ActivationStore], tokens: Tensor
-) -> Iterator[tuple[int, list[Tensor], Tensor]]:
-    """All predictions, a bounded number at a time.
+    subjects: Sequence[Subject],
+    stores: Sequence[ActivationStore],
+    tokens: Tensor,
+    rows: range | None = None,
+) -> Iterator[tuple[slice, int, list[Tensor], Tensor]]:
+    """Predictions in order, a bounded number at a time.
 
     Norm and head work on each token by itself, so a row can be cut anywhere.
 
+    Args:
+        subjects: with norm and head on the device.
+        stores: the last decoder layer's output of each.
+        tokens: `[rows, seq_len]` int64.
+        rows: consecutive ones; None for all.
+
     Yields:
-        Number of rows that are complete with this batch; logits of each subject
-        `[rows, positions, vocabulary]` float32; the true tokens `[rows, positions]`.
+        Rows of the batch; its first position; logits of each subject `[rows, positions,
+        vocabulary]` float32; the true tokens `[rows, positions]`.
     """
     device, last = subjects[0].streamed.device, tokens.shape[1] - 1
     room = max(1, LOGITS // subjects[0].streamed.config.vocab_size)  # tokens
-    rows, span = max(1, room // last), min(room, last)
-    for batches in zip(*(store.batches(rows) for store in stores), strict=True):
+    size, span = max(1, room // last), min(room, last)
+    for batches in zip(*(store.batches(size, rows) for store in stores), strict=True):
         start, hidden = batches[0][0], [batch.to(device) for _, batch in batches]
-        stop = start + len(hidden[0])
+        chosen = slice(start, start + len(hidden[0]))
         for at in range(0, last, span):
             end = min(at + span, last)
             logits = [
                 subject.streamed.logits(states[:, at:end])
                 for subject, states in zip(subjects, hidden, strict=True)
             ]
-            targets = tokens[start:stop, at + 1 : end + 1].to(device)
-            yield stop if end == last else start, logits, targets
+            yield chosen, at, logits, tokens[chosen, at + 1 : end + 1].to(device)

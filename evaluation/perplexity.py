@@ -1,44 +1,51 @@
-"""Perplexity of any checkpoint, with one decoder layer's weights in memory at a time.
+"""Perplexity of any checkpoints, with one decoder layer's weights in memory at a time.
 
 The text is cut into windows that do not overlap, and each window's tokens but the first are
 predicted. Hidden states lie on disk between the layers, so a checkpoint larger than memory can be
-measured.
+measured, and a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast, get_args
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from rilq.calib.dataset import evaluation_rows
-from rilq.calib.sources import DataSource, parse_source
+from rilq.calib.dataset import FIELD_SEQLEN, evaluation_rows
+from rilq.calib.sources import describe_source, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.layers import StreamedModel
-from rilq.converter.machine import Machine, measure_machine
-from rilq.errors import CheckpointError, OptionError, OutputError
-from rilq.evaluation.figures import Evaluation
-from rilq.evaluation.forward import Subject, measure
+from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
+from rilq.converter.pipeline import versions
+from rilq.converter.workdir import Resume, WorkDir, open_workdir, peek
+from rilq.errors import CheckpointError, OptionError
+from rilq.evaluation.divergence import divergence
+from rilq.evaluation.figures import Evaluation, Passages
+from rilq.evaluation.forward import Subject, checked_loss
+from rilq.evaluation.identity import (
+    check_place,
+    check_unchanged,
+    identity,
+    pinned,
+    signatures,
+)
+from rilq.evaluation.lockstep import Lockstep, Measured
 from rilq.evaluation.lora import find_adapter
+from rilq.evaluation.scratch import check_room, states_bytes, temporary_folder
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.native import RilqLinear
+from rilq.formats.shard_writer import write_tensors
 from rilq.formats.spec import QuantSpec
+from rilq.formats.verify import file_hash
 from rilq.progress import Reporter, SilentReporter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-DEFAULT_SEQLEN = 2048  # the field's context for perplexity figures
-SPELLED_TOKENS = 20_000_000  # longer texts are not decoded again just to count their bytes
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,73 +58,252 @@ def evaluate(
     against: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    scratch: Path | None = None,
+    work: Path | None = None,
+    resume: str = "auto",
     revision: str | None = None,
     against_revision: str | None = None,
     text_key: str = "text",
     report: Reporter = SilentReporter(),  # noqa: B008 - stateless
 ) -> Evaluation:
-    """Measure a checkpoint, dense or converted, on a text.
+    """Measure one checkpoint, dense or converted, on a text; see `measure_texts`."""
+    ((figures, _),) = measure_texts(
+        [model],
+        text,
+        seqlen=seqlen,
+        against=against,
+        device=device,
+        dtype=dtype,
+        work=work,
+        resume=resume,
+        revision=revision,
+        against_revision=against_revision,
+        text_key=text_key,
+        report=report,
+    )
+    return figures
 
-    On disk are the hidden states of two layer boundaries; with `against`, of three. In memory are
-    one decoder layer, embedding and head, and one batch.
+
+def measure_texts(
+    models: Sequence[str],
+    text: str,
+    *,
+    seqlen: int | None = None,
+    against: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    work: Path | None = None,
+    resume: str = "auto",
+    revision: str | None = None,
+    against_revision: str | None = None,
+    text_key: str = "text",
+    complete: Callable[[Evaluation], Evaluation] = lambda figures: figures,
+    report: Reporter = SilentReporter(),  # noqa: B008 - stateless
+) -> list[tuple[Evaluation, Passages]]:
+    """Measure checkpoints, dense or converted, on the same rows of a text.
+
+    On disk are the hidden states of one layer boundary of each, the base's too, and of one more. In
+    memory are one decoder layer, embedding and head of two models, one batch, and some bytes for
+    each token.
 
     Args:
-        model: a folder, or `owner/name` on the Hub. A LoRA that lies beside a converted checkpoint
-            is applied.
+        models: folders, or `owner/name` on the Hub. A LoRA that lies beside a converted checkpoint
+            is applied. The first one's tokenizer makes the rows.
         text: a file, `c4`, `wikitext2` or `owner/name` on the Hub; see `rilq.calib.sources`.
-        seqlen: tokens per window; None takes 2048, or what the model is made for if that is less.
+        seqlen: tokens per window; None takes 2048, or what the models are made for if that is less.
         against: a checkpoint with the same tokens, to compare with: folder or `owner/name`.
         device: "auto", "cpu", "cuda" or "cuda:1".
         dtype: to compute in: "auto" is float32 on a CPU and bfloat16 elsewhere.
-        scratch: folder for the hidden states; None for the system's temporary one.
-        revision, against_revision: of `model` and `against` on the Hub.
+        work: folder for hidden states and what is finished, from which a stopped run goes on; it is
+            removed at the end. None for a temporary one, of which nothing is kept.
+        resume: "auto", "never" or "required"; see `open_workdir`.
+        revision, against_revision: of `models` and `against` on the Hub.
         text_key: of the text in JSON, parquet and Hub records.
+        complete: adds to a model's figures what is measured otherwise. The work folder stays until
+            then, so if it is stopped, the streaming is not done again.
         report: receives progress.
+
+    Returns:
+        For each model its figures, and the same by window.
 
     Raises:
         InputError: before any work, for what cannot succeed.
-        RilqError: the model computes NaN or infinity.
+        RilqError: a model computes NaN or infinity.
     """
+    names = [*models, *([] if against is None else [against])]
+    revisions = [*(revision for _ in models), *([] if against is None else [against_revision])]
+    begun = peek(work) if work is not None and resume != "never" else None
     machine = measure_machine(device)
-    subject = _open(model, machine, dtype, revision, report)
-    base = None
-    if against is not None:
-        base = _open(against, machine, dtype, against_revision, report)
-    subjects = [subject] if base is None else [subject, base]
+    subjects = [
+        _open(name, machine, dtype, pinned(begun, number, name, wanted), report)
+        for number, (name, wanted) in enumerate(zip(names, revisions, strict=True))
+    ]
+    base = subjects[-1] if against is not None else None
     length = _check_together(subjects, seqlen)
-    source = parse_source(text)
-    tokenizer = load_tokenizer(subject.streamed.checkpoint)
-    rows = evaluation_rows(source, tokenizer, seqlen=length, text_key=text_key)
-    check_vocabulary(rows.tokens, subject.streamed.config.vocab_size, subject.label)
-    for note in rows.notes:
+    fingerprint = {
+        "--text": describe_source(parse_source(text)),
+        "--text-key": text_key,
+        "--seqlen": length,
+        "--against": against is not None,
+        "--device": str(machine.device),
+        "--dtype": _dtype(subjects[0]),
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+    for number, (name, subject) in enumerate(zip(names, subjects, strict=True)):
+        fingerprint |= identity(number, name, subject)
+    with (
+        _place(work, subjects) as place,
+        open_workdir(
+            place,
+            fingerprint,
+            {"files": signatures(subjects)},
+            resume=_resume(resume),
+            report=report,
+        ) as folder,
+        _removed_if_fruitless(folder),
+    ):
+        folder.check_files(report)
+        folder.remove_strays(report)
+        if folder.records:
+            report.note(f"continuing after {folder.last_unit} of {place}")
+            check_unchanged(folder, subjects)
+        rows = _rows(folder, subjects[0], text, length, text_key, report)
+        _check_room(folder, subjects, rows.tokens, len(models) if base is not None else 0)
+        tokenizer = load_tokenizer(subjects[0].streamed.checkpoint)
+        chosen = subjects[: len(models)]
+        with memory_errors_explained(lambda: f"after {folder.last_unit} of {place}"):
+            measured = Lockstep(chosen, base, rows.tokens, tokenizer, folder, report).run()
+        for subject in subjects:
+            subject.streamed.drop_embeddings()
+        found = [
+            (complete(_evaluation(subject, base, each, rows)), each.scores.passages())
+            for subject, each in zip(chosen, measured, strict=True)
+        ]
+        folder.remove()
+    return found
+
+
+def _resume(word: str) -> Resume:
+    if word not in get_args(Resume):
+        raise OptionError(f"--resume {word}: expected {', '.join(get_args(Resume))}")
+    return cast(Resume, word)
+
+
+@contextmanager
+def _place(work: Path | None, subjects: Sequence[Subject]) -> Iterator[Path]:
+    """The work folder's path; that of a temporary one if none is named."""
+    if work is not None:
+        check_place(work, subjects)
+        yield work
+        return
+    with temporary_folder() as folder:
+        yield folder / "work"
+
+
+@contextmanager
+def _removed_if_fruitless(work: WorkDir) -> Iterator[None]:
+    """Leave no work folder behind where nothing but the rows was made."""
+    try:
+        yield
+    except BaseException:
+        if all(record.stage == "rows" for record in work.records):
+            work.remove()
+        raise
+
+
+def _check_room(work: WorkDir, subjects: Sequence[Subject], tokens: Tensor, compared: int) -> None:
+    """That states and scores fit on the volume, besides those that are there.
+
+    Args:
+        compared: models with a base, of which a KL in float32 is kept for each token.
+    """
+    there = sum(f.stat().st_size for p in ("*.bin", "score-*") for f in work.path.glob(p))
+    check_room(work.path, states_bytes(subjects, tokens) + 4 * tokens.numel() * compared - there)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Token rows `[windows, seq_len]`, and what is known of them; see `Rows`."""
+
+    tokens: Tensor
+    digest: str
+    notes: tuple[str, ...]
+    sources: tuple[str, ...]
+    text_bytes: int | None
+
+
+def _rows(
+    work: WorkDir, subject: Subject, text: str, seqlen: int, text_key: str, report: Reporter
+) -> _Text:
+    """The windows, cut once and kept: a stopped run needs no network to go on."""
+    path = work.file("rows.safetensors")
+    if not work.stage("rows"):
+        tokenizer = load_tokenizer(subject.streamed.checkpoint)
+        rows = evaluation_rows(parse_source(text), tokenizer, seqlen=seqlen, text_key=text_key)
+        check_vocabulary(rows.tokens, subject.streamed.config.vocab_size, subject.label)
+        write_tensors(path, {"tokens": rows.tokens})
+        facts = {k: v for k, v in vars(rows).items() if k != "tokens"}
+        work.commit("rows", "rows", facts, files={path: file_hash(path)})
+    facts = work.stage("rows")[0].facts
+    for note in facts["notes"]:
         report.note(note)
-    with scratch_folder(scratch, subjects, rows.tokens) as folder:
-        losses, divergence = measure(subjects, rows.tokens, folder, report)
+    return _Text(
+        load_file(path)["tokens"],
+        facts["digest"],
+        tuple(facts["notes"]),
+        tuple(facts["sources"]),
+        facts["text_bytes"],
+    )
+
+
+def _evaluation(
+    subject: Subject, base: Subject | None, measured: Measured, text: _Text
+) -> Evaluation:
+    scores, (windows, seqlen) = measured.scores, text.tokens.shape
+    loss = checked_loss(scores.mean_loss, subject)
+    against = None
+    if base is not None:
+        against = divergence(scores, math.exp(checked_loss(scores.base_mean_loss, base)))
+    bits = loss / math.log(2) * text.tokens.numel()
     return Evaluation(
-        perplexity=math.exp(losses[0]),
-        tokens=len(rows.tokens) * (length - 1),
-        windows=len(rows.tokens),
-        seqlen=length,
-        bits_per_byte=_bits_per_byte(losses[0], rows.tokens, source, tokenizer),
+        perplexity=math.exp(loss),
+        tokens=windows * (seqlen - 1),
+        windows=windows,
+        seqlen=seqlen,
+        bits_per_byte=bits / text.text_bytes if text.text_bytes else None,
         bits_per_weight=bits_per_weight(subject.streamed),
         size_bytes=subject.size_bytes,
         adapter=subject.adapter is not None,
-        dtype=str(subject.streamed.dtype).removeprefix("torch."),
-        text=", ".join(rows.sources),
-        tokens_digest=rows.digest,
-        against=None if divergence is None else divergence.result(math.exp(losses[1])),
+        dtype=_dtype(subject),
+        text=", ".join(text.sources),
+        tokens_digest=text.digest,
+        notes=text.notes,
+        against=against,
+        layer_errors=measured.layer_errors,
+        worst=measured.worst,
     )
+
+
+def _dtype(subject: Subject) -> str:
+    return str(subject.streamed.dtype).removeprefix("torch.")
 
 
 # ---- before the work ----------------------------------------------------------------------------
 
 
+def check_dtype(dtype: str) -> None:
+    """That it is one to compute in, or "auto".
+
+    Raises:
+        OptionError: it is not.
+    """
+    if dtype not in _DTYPES:
+        raise OptionError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}")
+
+
 def _open(
     model: str, machine: Machine, dtype: str, revision: str | None, report: Reporter
 ) -> Subject:
-    if dtype not in _DTYPES:
-        raise OptionError(f"--dtype {dtype}: expected one of {', '.join(_DTYPES)}")
+    check_dtype(dtype)
     computing = machine.dtype if dtype == "auto" else getattr(torch, dtype)
     source = open_source(model, revision=revision, report=report)
     # int32: the packed codes of a converted checkpoint.
@@ -138,7 +324,7 @@ def _check_together(subjects: list[Subject], seqlen: int | None) -> int:
         )
     most, label = min((positions(subject), subject.label) for subject in subjects)
     if seqlen is None:
-        return min(DEFAULT_SEQLEN, most)
+        return min(FIELD_SEQLEN, most)
     if seqlen > most:
         raise OptionError(
             f"--seqlen {seqlen}: max_position_embeddings of {label} is {most}\n"
@@ -149,42 +335,7 @@ def _check_together(subjects: list[Subject], seqlen: int | None) -> int:
 
 def positions(subject: Subject) -> int:
     """Tokens that the model is made for."""
-    return getattr(subject.streamed.config, "max_position_embeddings", None) or DEFAULT_SEQLEN
-
-
-@contextmanager
-def scratch_folder(parent: Path | None, subjects: list[Subject], tokens: Tensor) -> Iterator[Path]:
-    """A temporary folder with room for the hidden states; removed with all that is in it.
-
-    Args:
-        parent: folder to make it in; None for the system's temporary one.
-        subjects: what will run, one after the other.
-        tokens: what each will run over.
-
-    Raises:
-        OutputError: it cannot be made, or the volume has not the room.
-    """
-    try:
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix="rilq-eval-", dir=parent)
-    except OSError as err:
-        raise OutputError(
-            f"{parent or tempfile.gettempdir()}: cannot be written: {err.strerror or err}\n"
-            "  set TMPDIR to a folder on a volume that you may write to"
-        ) from err
-    # Two boundaries of the one that runs, and before it the last one of the other.
-    sizes = [subject.states_bytes(tokens.numel()) for subject in subjects]
-    needed = max(sum(sizes[:i]) + 2 * size for i, size in enumerate(sizes))
-    with temporary as name:
-        free = shutil.disk_usage(name).free
-        if needed > free:
-            raise OutputError(
-                f"{Path(name).parent}: {needed / 1e9:.1f} GB needed for hidden states, "
-                f"{free / 1e9:.1f} GB free\n"
-                "  make room, set TMPDIR to a folder on another volume, or use less text"
-            )
-        yield Path(name)
+    return getattr(subject.streamed.config, "max_position_embeddings", None) or FIELD_SEQLEN
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -209,18 +360,3 @@ def bits_per_weight(streamed: StreamedModel) -> float | None:
         tensors = streamed.checkpoint.tensors
         bits = sum(8 * tensors[f"{name}.weight"].nbytes for name in linears)
     return bits / sum(weights) if weights else None
-
-
-def _bits_per_byte(
-    loss: float, tokens: Tensor, source: DataSource, tokenizer: PreTrainedTokenizerBase
-) -> float | None:
-    """Mean loss in bits times tokens per byte, where the tokens spell the beginning of a file."""
-    path = Path(os.path.expanduser(source.location))
-    if tokens.numel() > SPELLED_TOKENS or not path.is_file():
-        return None
-    ids = tokens.flatten().tolist()
-    spelled = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).encode()
-    with path.open("rb") as file:
-        if not spelled or file.read(len(spelled)) != spelled:
-            return None
-    return loss / math.log(2) * len(ids) / len(spelled)

@@ -133,5 +133,5 @@ class ReadBack:
         self._report.stage(stage, len(subject.streamed.layers), "layer")
         with tempfile.TemporaryDirectory(dir=self._folder) as place, large_blocks_returned():
             states = last_states(subject, self._tokens, Path(place), self._report)
-            for _, (logits,), _ in predictions([subject], [states], self._tokens):
+            for _, _, (logits,), _ in predictions([subject], [states], self._tokens):
                 yield logits.flatten(0, 1)

@@ -51,7 +51,7 @@ def main() -> None:
     print(f"{result.output}: validation loss {result.quality['validation_loss']:.4f}")
 
     for model in (given.model, str(result.output)):
-        figures = rilq.evaluate(model, given.text, seqlen=given.seqlen)
+        figures = rilq.evaluate(model, given.text, seqlen=given.seqlen, speed=False)
         print(f"{model}: perplexity {figures.perplexity:.2f}")
 
     model, tokenizer = rilq.load(result.output, device="cpu")

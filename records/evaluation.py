@@ -27,13 +27,13 @@ def measured_run(
     Args:
         model: a folder, or `owner/name` on the Hub.
         revision: on the Hub.
-        options: of the evaluation; paths are kept as text.
+        options: of the evaluation; see `recorded_options`.
 
     Raises:
         InputError: it is no checkpoint.
     """
-    source = open_source(model, revision=revision)
-    checkpoint = Checkpoint.open(source, dtypes=SOURCE_DTYPES | {torch.int32})
+    checkpoint = _open(model, revision)
+    source = checkpoint.source
     name, headers = base_name(checkpoint), checkpoint.header_hash()
     local = source.commit is None
     run = Run(
@@ -47,12 +47,19 @@ def measured_run(
         place=str(Path(source.label).resolve()) if local else f"{name}@{source.commit}",
         source_hash=headers,
         content_hash=headers,
-        options={k: _plain(v) for k, v in (options or {}).items() if v is not None},
+        options=recorded_options(options or {}),
         versions=versions(),
         machine=machine_facts(),
     )
     manifest = checkpoint.read_json(MANIFEST_NAME)
     return run if manifest is None else _converted(run, manifest, source.path(MANIFEST_NAME))
+
+
+def _open(model: str, revision: str | None) -> Checkpoint:
+    # int32: the packed codes of a converted checkpoint.
+    return Checkpoint.open(
+        open_source(model, revision=revision), dtypes=SOURCE_DTYPES | {torch.int32}
+    )
 
 
 def _converted(run: Run, manifest: dict[str, Any], path: Path) -> Run:
@@ -68,6 +75,21 @@ def _converted(run: Run, manifest: dict[str, Any], path: Path) -> Run:
         )
     except (KeyError, TypeError, ValueError):  # another program's; the evaluation goes on
         return run
+
+
+def recorded_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an evaluation as a record has them: paths as text, and what is None left out.
+
+    With `against`, `base_hash` is added: hash of that model's headers.
+
+    Raises:
+        InputError: that is no checkpoint.
+    """
+    known = {name: _plain(value) for name, value in options.items() if value is not None}
+    if "against" in known:
+        base = _open(str(known["against"]), known.get("against_revision"))
+        known["base_hash"] = base.header_hash()
+    return known
 
 
 def _plain(value: Any) -> Any:

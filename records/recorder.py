@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from rilq.errors import Interrupted, RilqError, one_line
+from rilq.errors import InputError, Interrupted, RilqError, one_line
 from rilq.evaluation.figures import Passages
 from rilq.progress import Figure, Reporter, Reporters
 from rilq.records.database import open_database
@@ -75,6 +75,8 @@ class Recorder:
             self._close_stage()
             host, device, free = _usage(self._folder)
             self._stage = Stage(name, self._now(), 0.0, host, device, free)
+        if self._path is not None and not self._written and not self._warned:
+            self._write()
 
     def step(self, done: int, **figures: Figure) -> None: ...
 
@@ -85,21 +87,18 @@ class Recorder:
     # -- the record --------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Write the run for the first time, and look at it regularly from now on."""
+        """Look at the run regularly from now on; it is written when its first stage begins."""
         if self._path is None:
             return
         with self._lock:
             self._look()
-        self._write()
         self._thread.start()
 
     def end(self, state: State, message: str = "") -> None:
         """Write how the run ended."""
         if self._path is None:
             return
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._stop()
         with self._lock:
             self._look()
             self._close_stage()
@@ -108,12 +107,24 @@ class Recorder:
         if self._written:
             self.report.note(f"recorded as run {self._run.id} in {self._path}")
 
+    def refused(self, message: str) -> None:
+        """Write that the run failed for its input, unless no work had begun: then it is no run."""
+        if self._written:
+            self.end("failed", message)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
     def _watch(self) -> None:
         saved = time.monotonic()
         while not self._ended.wait(LOOK):
             with self._lock:
                 self._look()
-            if time.monotonic() - saved >= SAVE:
+            if self._written and time.monotonic() - saved >= SAVE:
                 self._write()
                 saved = time.monotonic()
 
@@ -170,7 +181,7 @@ class Recorder:
 
 @contextmanager
 def recording(path: Path | None, run: Run, report: Reporter, folder: Path) -> Iterator[Recorder]:
-    """Record what happens inside, from its first moment to its end, however it ends.
+    """Record what happens inside, however it ends; bad input before any work is no run.
 
     Args:
         path: of the database; None keeps no record.
@@ -184,6 +195,9 @@ def recording(path: Path | None, run: Run, report: Reporter, folder: Path) -> It
         yield recorder
     except (Interrupted, KeyboardInterrupt) as err:
         recorder.end("stopped", str(err))
+        raise
+    except InputError as err:
+        recorder.refused(str(err))
         raise
     except BaseException as err:
         recorder.end("failed", str(err) if isinstance(err, RilqError) else one_line(err))

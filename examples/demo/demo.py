@@ -65,8 +65,11 @@ def rilq(console: Console, *arguments: str | Path, capture: bool = False) -> str
 def measure(console: Console, name: str, checkpoint: Path) -> Measured:
     """Evaluate `checkpoint` on the held-out text, and weigh its shards."""
     text = DEMO / "heldout.txt"
-    words = ("--text", text, "--seqlen", str(SEQLEN), "--db", OUT / "rilq.db", "--json")
-    printed = rilq(console, "eval", checkpoint, *words, capture=True)
+    printed = rilq(
+        *(console, "eval", checkpoint, "--text", text, "--seqlen", str(SEQLEN)),
+        *("--no-speed", "--db", OUT / "rilq.db", "--json"),
+        capture=True,
+    )
     figures = json.loads(printed)
     shards = (ROOT / checkpoint).glob("*.safetensors")
     return Measured(

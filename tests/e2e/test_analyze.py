@@ -153,7 +153,7 @@ def test_base_and_full_precision_measure_as_rilq_eval_does(
     ended = run_cli(*convert, *rounding, *place)
     assert ended.code == 0, ended.err
     for name, folder in (("plain", tmp_path / "rtn"), ("full", model)):
-        ended = run_cli("eval", folder, "--text", held_out, *place, "--json")
+        ended = run_cli("eval", folder, "--text", held_out, *place, "--no-speed", "--json")
         assert json.loads(ended.out)["perplexity"] == pytest.approx(
             found["json"][name]["perplexity"], rel=1e-4
         )

@@ -245,7 +245,9 @@ def test_eval_of_output_agrees_with_transformers(
     converted: Callable[..., Path], run_cli: Run, calib: Path
 ) -> None:
     out = converted()
-    told = json.loads(run_cli("eval", out, "--text", calib, "--seqlen", 32, "--json").out)
+    told = json.loads(
+        run_cli("eval", out, "--text", calib, "--seqlen", 32, "--no-speed", "--json").out
+    )
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(out)(calib.read_text(), add_special_tokens=False).input_ids
     rows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)

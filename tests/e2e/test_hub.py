@@ -440,6 +440,30 @@ def test_a_branch_that_moves_between_two_runs_changes_nothing(
     assert source["commit"] == before
 
 
+def test_a_stopped_evaluation_goes_on_with_the_commits_that_it_began_with(
+    run_cli: Callable[..., Any], deep_hub: Any, deep_llama: Path, calib: Path, tmp_path: Path
+) -> None:
+    def evaluate(model: object, first: Callable[[], None] | None = None) -> Any:
+        def use_the_hub() -> None:
+            use_hub(deep_hub, tmp_path / "hf")
+            if first is not None:
+                first()
+
+        places = ("--work-dir", tmp_path / "work", "--device", "cpu", "--json")
+        words = ("--text", calib, "--seqlen", 32, "--against", DEEP, *places)
+        return run_cli("eval", model, *words, first=use_the_hub)
+
+    assert evaluate(DEEP, first=killed_at(20)).code == -signal.SIGKILL
+    deep_hub.add(DEEP, {p.name: p.read_bytes()[::-1] for p in deep_llama.iterdir()})
+    ended = evaluate(DEEP)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert (found["against"]["kl_max"], found["layer_errors"]) == (0, [0] * 6)
+    local = run_cli("eval", deep_llama, "--text", calib, "--seqlen", 32, "--json",
+                    "--device", "cpu", "--work-dir", tmp_path / "work")  # fmt: skip
+    assert json.loads(local.out)["perplexity"] == found["perplexity"]
+
+
 @pytest.mark.parametrize("mode", [(), ("--evict",)], ids=["cache", "evict"])
 def test_a_repository_deleted_once_all_layers_are_done_is_not_missed(
     mode: tuple[str, ...],
@@ -541,3 +565,24 @@ def test_unknown_revision_is_one_line_with_a_remedy(from_hub: Callable[..., Any]
     ended = from_hub("--revision", "nowhere")
     assert ended.code == 2 and len(ended.err.splitlines()) == 1
     assert "has no revision nowhere; its branches and tags are listed at" in ended.err
+
+
+def test_compare_takes_the_base_that_the_manifest_names_from_the_hub(
+    from_hub: Callable[..., Any],
+    deep_hub: Any,
+    tmp_path: Path,
+    calib: Path,
+    run_cli: Callable[..., Any],
+) -> None:
+    converted = from_hub()
+    assert converted.code == 0, converted.err
+    ended = run_cli(
+        *("compare", DEEP, tmp_path / "out", "--text", calib, "--seqlen", 32, "--device", "cpu"),
+        *("--db", tmp_path / "rilq.db", "--json"),
+        first=lambda: use_hub(deep_hub, tmp_path / "hf"),
+    )
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["baseline"]["label"] == f"{DEEP} (run 1)"
+    assert told["baseline"]["figures"]["kl_max"] == 0.0
+    assert told["candidates"][0]["figures"]["kl_mean"] > 0

@@ -89,7 +89,7 @@ def made(
         assert ended.code == 0, ended.err
         assert f"recorded as run 1 in {folder / 'rilq.db'}" in ended.err
         more = ("--text", calib, "--seqlen", 64, "--against", tiny_llama, "--device", "cpu")
-        ended = recorded("eval", folder / "out", *more, folder=folder)
+        ended = recorded("eval", folder / "out", *more, "--no-speed", folder=folder)
         assert ended.code == 0, ended.err
         shared["made"] = folder
     return shared["made"]
@@ -146,7 +146,7 @@ def test_an_evaluation_is_recorded(made: Path, calib: Path, tiny_llama: Path) ->
     assert run.options["against"] == str(tiny_llama)
     assert run.evaluation is not None
     found = rilq.evaluate(
-        str(made / "out"), str(calib), seqlen=64, against=str(tiny_llama), device="cpu"
+        str(made / "out"), str(calib), seqlen=64, against=str(tiny_llama), device="cpu", speed=False
     )
     assert run.figures == pytest.approx(found.figures(), rel=1e-6)
     assert run.evaluation["tokens_digest"] == found.tokens_digest
@@ -155,7 +155,7 @@ def test_an_evaluation_is_recorded(made: Path, calib: Path, tiny_llama: Path) ->
 def test_a_dense_model_is_recorded_in_the_current_folder_and_never_inside_it(
     tmp_path: Path, recorded: Any, tiny_llama: Path, calib: Path, make_model: Any
 ) -> None:
-    options = ("--text", calib, "--seqlen", 64, "--device", "cpu", "--quiet")
+    options = ("--text", calib, "--seqlen", 64, "--device", "cpu", "--quiet", "--no-speed")
     assert recorded("eval", tiny_llama, *options, folder=tmp_path).code == 0
     [run] = all_runs(tmp_path / "rilq.db")
     assert run.model == run.checkpoint == "tiny-llama" and run.recipe == {}
@@ -167,14 +167,23 @@ def test_a_dense_model_is_recorded_in_the_current_folder_and_never_inside_it(
     assert [run.model for run in all_runs(tmp_path / "models" / "rilq.db")] == ["own"]
 
 
+def test_bad_input_of_an_evaluation_is_no_run(
+    tmp_path: Path, recorded: Any, tiny_llama: Path, calib: Path
+) -> None:
+    for wrong in (("--text", tmp_path / "nothing.txt"), ("--text", calib, "--seqlen", 100_000)):
+        assert recorded("eval", tiny_llama, *wrong, "--no-speed", folder=tmp_path).code == 2
+    assert not (tmp_path / "rilq.db").exists()
+
+
 def test_python_records_too_and_where_it_is_told(
     tmp_path: Path, in_child: Any, quick: Any, calib: Path
 ) -> None:
     def work() -> None:
         result = rilq.convert(quick(tmp_path), db=tmp_path / "own.db")
-        rilq.evaluate(str(result.output), str(calib), seqlen=64, device="cpu", db="none")
+        options = {"seqlen": 64, "device": "cpu", "speed": False}
+        rilq.evaluate(str(result.output), str(calib), db="none", **options)
         del os.environ["RILQ_DB"]
-        rilq.evaluate(str(result.output), str(calib), seqlen=64, device="cpu")
+        rilq.evaluate(str(result.output), str(calib), **options)
 
     ended = in_child(work)
     assert ended.code == 0, ended.err

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow
 import pytest
@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rilq.calib import hub_stream, sources, texts
-from rilq.calib.dataset import Rows, calibration_rows, evaluation_rows
+from rilq.calib.dataset import Rows, _rows, calibration_rows, evaluation_rows
 from rilq.calib.sources import DataSource, parse_source
 from rilq.errors import DatasetError, OptionError
 
@@ -118,6 +118,33 @@ def test_documents_keep_their_specials_and_are_joined(tmp_path: Path, special: T
     ids = [i for text in texts for i in (0, *_ids(special, text), 1)]
     assert rows.tokens.flatten().tolist() == ids[: len(rows.tokens) * 16]
     assert len(rows.tokens) == len(ids) // 16
+
+
+@pytest.mark.parametrize("seqlen", [5, 16, 33])
+def test_bytes_are_those_of_the_text_in_the_windows(
+    tmp_path: Path, special: Tok, seqlen: int
+) -> None:
+    texts = [f"the café number {number} was naïve." for number in range(40)]
+    rows = evaluation_rows(_lines(tmp_path, [{"text": t} for t in texts]), special, seqlen=seqlen)
+    spelled = special.decode(rows.tokens.flatten().tolist(), skip_special_tokens=True).encode()
+    assert rows.text_bytes == len(spelled)
+    assert "".join(texts).encode().startswith(spelled) and len(spelled) > 1000
+
+
+def test_bytes_of_a_text_that_is_cut_to_be_tokenized_are_all_counted(
+    tmp_path: Path, tokenizer: Tok, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _file(tmp_path, text.replace(". ", ".\n\n"))
+    whole = evaluation_rows(source, tokenizer, seqlen=16)
+    assert whole.text_bytes == len(tokenizer.decode(whole.tokens.flatten().tolist()).encode())
+    monkeypatch.setattr(texts, "_PIECE", 700)
+    assert evaluation_rows(source, tokenizer, seqlen=16).text_bytes == whole.text_bytes
+
+
+def test_notes_say_how_the_windows_lie(tmp_path: Path, tokenizer: Tok, text: str) -> None:
+    rows = evaluation_rows(_file(tmp_path, text), tokenizer, seqlen=16)
+    expected = f"{rows.sources[0]}: {len(rows.tokens)} windows of 16 tokens that do not overlap"
+    assert rows.notes == (expected,)
 
 
 def test_text_shorter_than_a_window_says_what_it_has(tmp_path: Path, tokenizer: Tok) -> None:
@@ -517,14 +544,15 @@ def test_stream_gives_all_items_and_the_error_after_them() -> None:
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SHARD = "en/c4-train.00000-of-01024.json.gz"
+TRAIN = "en/c4-train.00000-of-01024.json.gz"
+VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
 
 
 class _Hub(BaseHTTPRequestHandler):
     """As much of the Hub as the `datasets` library asks for one data file."""
 
-    shard = b""
-    busy = 1  # requests for the shard to turn away
+    shards: ClassVar[dict[str, bytes]] = {}
+    busy = 1  # requests for a shard to turn away
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -534,17 +562,25 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = self.path.split("?")[0]
-        entry = {"type": "file", "path": SHARD, "size": len(self.shard), "oid": "1" * 40}
+        entries = [
+            {"type": "file", "path": name, "size": len(content), "oid": "1" * 40}
+            for name, content in self.shards.items()
+        ]
+        shard = path.partition(f"/resolve/{COMMIT}/")[2]
         about = "/api/datasets/allenai/c4"
-        if path.endswith(SHARD) and _Hub.busy:
+        if path.endswith(tuple(self.shards)) and _Hub.busy:
             _Hub.busy -= 1
             self._send(b"", 503)
-        elif path.endswith(f"/resolve/{COMMIT}/{SHARD}"):
-            self._send(self.shard)
+        elif shard in self.shards:
+            self._send(self.shards[shard])
         elif "/tree/" in path or "/paths-info/" in path:
-            self._send(json.dumps([entry]).encode())
+            self._send(json.dumps(entries).encode())
         elif path in (about, f"{about}/revision/{COMMIT}"):  # the stream must be pinned
-            facts = {"id": "allenai/c4", "sha": COMMIT, "siblings": [{"rfilename": SHARD}]}
+            facts = {
+                "id": "allenai/c4",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": n} for n in self.shards],
+            }
             self._send(json.dumps(facts).encode())
         else:
             self._send(b"{}", 404, {"X-Error-Code": "EntryNotFound"})
@@ -569,12 +605,15 @@ class _Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import sys
 from transformers import AutoTokenizer
-from rilq.calib.dataset import calibration_rows
+from rilq.calib.dataset import calibration_rows, evaluation_rows
 from rilq.calib.sources import DataSource
 from rilq.errors import DatasetError
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 rows = calibration_rows([DataSource("c4")], tokenizer, nsamples=8, seqlen=16, seed=0)
 print(rows.sources[0], tuple(rows.tokens.shape))
+for seqlen in (16, 64):
+    rows = evaluation_rows(DataSource("c4"), tokenizer, seqlen=seqlen)
+    print(len(rows.tokens), rows.digest, rows.text_bytes, *rows.notes, sep="|")
 try:
     calibration_rows([DataSource("owner/none")], tokenizer, nsamples=8, seqlen=16, seed=0)
 except DatasetError as err:
@@ -585,10 +624,12 @@ except DatasetError as err:
 def test_c4_streams_from_the_hub_without_noise(
     tmp_path: Path, tokenizer: Tok, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The real client, which reads its endpoint when it is imported: so in a process of its own.
     lines = "".join(json.dumps({"text": part}) + "\n" for part in text.split("."))
     monkeypatch.setattr(_Hub, "busy", 1)
-    monkeypatch.setattr(_Hub, "shard", gzip.compress(lines.encode()))
+    documents = [f"the cat {number}" for number in range(1300)]
+    held_out = "".join(json.dumps({"text": each}) + "\n" for each in documents)
+    shards = {TRAIN: gzip.compress(lines.encode()), VALIDATION: gzip.compress(held_out.encode())}
+    monkeypatch.setattr(_Hub, "shards", shards)
     tokenizer.save_pretrained(tmp_path / "model")
     with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -609,7 +650,23 @@ def test_c4_streams_from_the_hub_without_noise(
         )
         server.shutdown()
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, *evaluated, last = done.stdout.splitlines()
     assert first == f"allenai/c4@{COMMIT[:12]}:train (8, 16)"
-    assert second.startswith("owner/none: cannot be read from the Hub")
+    assert last.startswith("owner/none: cannot be read from the Hub")
     assert _Hub.busy == 0 and done.stderr == "", "the retry is not talked about"
+    _check_form(evaluated, tokenizer, documents)
+
+
+def _check_form(lines: list[str], tokenizer: Tok, documents: list[str]) -> None:
+    """What GPTQ's code takes of C4: the first 1100 documents with a space between, 256 windows."""
+    ids = _ids(tokenizer, " ".join(documents[:1100]))
+    for line, seqlen, most in zip(lines, (16, 64), (256, 1000), strict=True):
+        windows, digest, size, first, form = line.split("|")
+        count = min(most, len(ids) // seqlen)
+        expected = torch.tensor(ids[: count * seqlen]).view(count, seqlen)
+        assert (int(windows), digest) == (count, _rows(expected, [], []).digest)
+        assert int(size) == len(tokenizer.decode(expected.flatten().tolist()).encode())
+        assert first.startswith(f"allenai/c4@{COMMIT[:12]}:validation: ")
+        assert first.endswith(f"{count} windows of {seqlen} tokens that do not overlap")
+        assert ("the first" in first) == (count == 256)
+        assert "windows of 2048 tokens" in form

@@ -10,6 +10,7 @@ from upload_hub import UploadHub, serving
 
 from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
+from rilq.evaluation.figures import Divergence, Evaluation
 from rilq.evaluation.push import PushOptions, PushResult, push
 from rilq.formats.hub_requests import Patience
 from rilq.progress import SilentReporter
@@ -82,3 +83,28 @@ def try_push(folder: Path, words: Path) -> Callable[..., PushResult]:
         return push(source, PushOptions(REPO, **{**usual, **options}), report, patience=QUICK)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_evaluation() -> Callable[..., Evaluation]:
+    """`make_evaluation(perplexity, **fields)`: one of 30 windows against a base."""
+
+    def make(perplexity: float, **fields: Any) -> Evaluation:
+        usual: dict[str, Any] = {
+            "tokens": 120,
+            "windows": 30,
+            "seqlen": 5,
+            "bits_per_byte": None,
+            "bits_per_weight": 2.5,
+            "size_bytes": 2_000_000,
+            "adapter": False,
+            "dtype": "float32",
+            "text": "heldout.txt@xxh3:12ab",
+            "tokens_digest": "5d41",
+            "against": Divergence(
+                0.2, 0.1, 1.0, 2.0, 0.9, 0.8, 10.0, kl_edges=(0.1, 3.0), kl_counts=(120,)
+            ),
+        }
+        return Evaluation(perplexity, **{**usual, **fields})
+
+    return make

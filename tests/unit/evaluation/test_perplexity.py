@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rilq.calib.activations import ActivationWriter
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.layers import StreamedModel
 from rilq.converter.quantizers import build_quantizer
 from rilq.errors import CheckpointError, OptionError, OutputError, RilqError
-from rilq.evaluation import forward
-from rilq.evaluation.divergence import DivergenceSum
-from rilq.evaluation.figures import Evaluation
+from rilq.evaluation import forward, lockstep
+from rilq.evaluation.divergence import divergence
+from rilq.evaluation.figures import Evaluation, Passages
 from rilq.evaluation.lora import find_adapter
-from rilq.evaluation.perplexity import evaluate
+from rilq.evaluation.perplexity import evaluate, measure_texts
+from rilq.evaluation.scores import Scores
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
 from rilq.formats.native import RilqConfig, native_tensors
@@ -129,6 +132,19 @@ def run(model: Path, text: Path, **options: Any) -> Evaluation:
     return evaluate(str(model), str(text), **{"seqlen": SEQLEN, "device": "cpu", **options})
 
 
+def measure(
+    *models: Path, text: Path, against: Path | None = None, **options: Any
+) -> list[tuple[Evaluation, Passages]]:
+    return measure_texts(
+        [str(model) for model in models],
+        str(text),
+        against=None if against is None else str(against),
+        seqlen=SEQLEN,
+        device="cpu",
+        **options,
+    )
+
+
 class Warnings(SilentReporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -140,20 +156,18 @@ class Warnings(SilentReporter):
 # -- the same as in memory ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # gemma2 caps its logits
-def test_dense_perplexity_is_that_of_the_model_in_memory(
+# Gemma caps logits or scales embeddings; Phi-3 fuses projections; OLMo 2 has norms on outputs.
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"]
+)
+def test_perplexity_is_that_of_a_plain_loop_in_memory_dense_and_native(
     tmp_path: Path, make_model: Callable[..., Path], text_file: Path, rows: Tensor, model_type: str
 ) -> None:
-    folder = make_model(tmp_path / "model", model_type, tie_word_embeddings=True)
-    expected = perplexity_of(predictions(in_memory(folder), rows), rows)
-    assert run(folder, text_file).perplexity == pytest.approx(expected, rel=1e-5)
-
-
-def test_native_perplexity_is_that_of_from_pretrained(
-    native: Path, text_file: Path, rows: Tensor
-) -> None:
-    expected = perplexity_of(predictions(in_memory(native), rows), rows)
-    assert run(native, text_file).perplexity == pytest.approx(expected, rel=1e-5)
+    dense = make_model(tmp_path / "model", model_type, tie_word_embeddings=True)
+    (tmp_path / "native").mkdir()
+    for folder in (dense, make_native(dense, tmp_path / "native")):
+        expected = perplexity_of(predictions(in_memory(folder), rows), rows)
+        assert run(folder, text_file).perplexity == pytest.approx(expected, rel=1e-5)
 
 
 def test_lora_beside_a_checkpoint_counts_as_peft_applies_it(
@@ -235,12 +249,14 @@ def test_bits_per_byte_counts_the_bytes_that_the_windows_spell(
     assert found.bits_per_byte == pytest.approx(bits)
 
 
-def test_bits_per_byte_is_unknown_for_records(
+def test_bits_per_byte_counts_the_text_of_records_and_not_their_json(
     tiny_llama: Path, tmp_path: Path, text_file: Path
 ) -> None:
     path = tmp_path / "records.jsonl"
-    path.write_text(json.dumps({"story": text_file.read_text()}))
-    assert run(tiny_llama, path, text_key="story").bits_per_byte is None
+    path.write_text(json.dumps({"id": 7, "story": text_file.read_text()}))
+    found, plain = run(tiny_llama, path, text_key="story"), run(tiny_llama, text_file)
+    assert found.tokens_digest == plain.tokens_digest
+    assert found.bits_per_byte == plain.bits_per_byte
 
 
 # -- against a base ----------------------------------------------------------------------------
@@ -259,25 +275,117 @@ def test_divergence_from_the_base_is_that_of_the_models_in_memory(
 ) -> None:
     base, student = (predictions(in_memory(folder), rows) for folder in (tiny_llama, native))
     p, q = base.double().softmax(-1), student.double().softmax(-1)
-    kl = (p * (p / q).log()).sum(-1).flatten()
-    found = run(native, text_file, against=str(tiny_llama))
+    kl = (p * (p / q).log()).sum(-1)
+    ((found, passages),) = measure(native, text=text_file, against=tiny_llama)
     assert found.perplexity == pytest.approx(perplexity_of(student, rows), rel=1e-5)
     assert found.against is not None
     assert found.against.base_perplexity == pytest.approx(perplexity_of(base, rows), rel=1e-5)
-    figures = [found.against.kl_mean, found.against.kl_p99, found.against.kl_max]
-    expected = [kl.mean().item(), kl.quantile(0.99).item(), kl.max().item()]
-    assert figures == pytest.approx(expected, rel=1e-3)
-    agreeing = (base.argmax(-1) == student.argmax(-1)).double().mean().item()
-    assert found.against.top1_agreement == pytest.approx(agreeing)
+    figures = [found.against.kl_mean, found.against.kl_median, found.against.kl_p99]
+    expected = [kl.mean(), kl.quantile(0.5), kl.quantile(0.99)]
+    assert figures == pytest.approx([value.item() for value in expected], rel=1e-3)
+    assert found.against.kl_max == pytest.approx(kl.max().item(), rel=1e-3)
+    assert passages.kl is not None and passages.kl.dtype == np.float16
+    assert passages.kl == pytest.approx(kl.numpy(), rel=2e-3, abs=1e-6)
+    assert sum(found.against.kl_counts) == found.tokens
+    edges = found.against.kl_edges
+    assert sum(found.against.kl_counts[edges.index(0.1) :]) == (kl >= 0.1).sum()
+    agreeing = (base.argmax(-1) == student.argmax(-1)).double()
+    assert found.against.top1_agreement == pytest.approx(agreeing.mean().item())
+    assert passages.top1 is not None
+    assert passages.top1.tolist() == agreeing.sum(1).long().tolist()
+
+
+def test_top5_agreement_is_the_mean_share_of_the_bases_five(
+    native: Path, tiny_llama: Path, text_file: Path, rows: Tensor
+) -> None:
+    base, student = (predictions(in_memory(folder), rows) for folder in (tiny_llama, native))
+    top, own = (logits.topk(5).indices.flatten(0, 1).tolist() for logits in (base, student))
+    shares = torch.tensor([len({*a} & {*b}) / 5 for a, b in zip(top, own, strict=True)]).double()
+    ((found, passages),) = measure(native, text=text_file, against=tiny_llama)
+    assert found.against is not None and passages.top5 is not None
+    assert found.against.top5_agreement == pytest.approx(shares.mean().item())
+    assert passages.top5 == pytest.approx(shares.view(len(rows), -1).sum(1).numpy())
+
+
+def test_passages_sum_to_the_figures(native: Path, tiny_llama: Path, text_file: Path) -> None:
+    ((found, passages),) = measure(native, text=text_file, against=tiny_llama)
+    assert passages.loss.shape == (found.windows,) and passages.tokens == found.seqlen - 1
+    assert math.exp(passages.loss.sum() / found.tokens) == found.perplexity
+    assert passages.base_loss is not None and found.against is not None
+    assert math.exp(passages.base_loss.sum() / found.tokens) == found.against.base_perplexity
+
+
+def test_layer_errors_are_those_of_the_hidden_states_in_memory(
+    native: Path, tiny_llama: Path, text_file: Path, rows: Tensor
+) -> None:
+    states = []
+    for folder in (tiny_llama, native):
+        model, seen = in_memory(folder), []
+        for layer in model.model.layers:
+            layer.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out))
+        predictions(model, rows)
+        states.append(seen)
+    expected = [
+        ((own - base).double().square().sum() / base.double().square().sum()).item()
+        for base, own in zip(*states, strict=True)
+    ]
+    ((found, _),) = measure(native, text=text_file, against=tiny_llama)
+    assert found.layer_errors == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 1}, {"hidden_size": 96, "head_dim": 24}])
+def test_a_base_of_another_shape_gives_divergence_but_no_layer_errors(
+    native: Path,
+    text_file: Path,
+    tmp_path: Path,
+    make_model: Callable[..., Path],
+    other: dict[str, int],
+) -> None:
+    base = make_model(tmp_path / "base", **other)
+    ((found, _),) = measure(native, text=text_file, against=base)
+    assert found.layer_errors is None
+    assert found.against is not None and found.against.kl_mean > 0
+    assert found.against.base_perplexity == run(base, text_file).perplexity
+
+
+def test_several_checkpoints_get_the_figures_that_each_gets_alone(
+    native: Path, adapted: Path, tiny_llama: Path, text_file: Path
+) -> None:
+    models = [native, adapted]
+    together = measure(*models, text=text_file, against=tiny_llama)
+    for model, (found, passages) in zip(models, together, strict=True):
+        ((alone, windows),) = measure(model, text=text_file, against=tiny_llama)
+        assert found == alone
+        assert passages.loss.tolist() == windows.loss.tolist()
+
+
+def test_the_base_runs_once_for_all_checkpoints(
+    native: Path,
+    adapted: Path,
+    tiny_llama: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    real = forward.run_layer
+
+    def watched(subject: forward.Subject, *more: Any) -> str:
+        ran.append(Path(subject.label).name)
+        return real(subject, *more)
+
+    monkeypatch.setattr(lockstep, "run_layer", watched)
+    measure(native, adapted, text=text_file, against=tiny_llama)
+    assert ran == [tiny_llama.name, native.name, adapted.name] * 2
 
 
 def test_divergence_is_from_the_base_to_the_other_and_not_back() -> None:
-    total = DivergenceSum()
+    scores = Scores.empty(3, 1, vocabulary=2, compared=True)
     base, other = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
-    total.add(base=base.view(1, 1, 2), logits=other.view(1, 1, 2))
-    total.add(base=base.view(1, 1, 2), logits=base.view(1, 1, 2))
-    total.add(base=base.view(1, 1, 2), logits=base.flip(0).view(1, 1, 2))
-    found = total.result(2.0)
+    targets = torch.zeros(1, 1, dtype=torch.int64)
+    for window, logits in enumerate((other, base, base.flip(0))):
+        pair = [logits.view(1, 1, 2), base.view(1, 1, 2)]
+        scores.add(slice(window, window + 1), 0, pair, targets)
+    found = divergence(scores, 2.0)
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)  # by hand: 0.5108
     assert found.kl_max == pytest.approx(expected, rel=1e-5)
     assert found.kl_mean == pytest.approx(expected / 3, rel=1e-5)
@@ -315,20 +423,33 @@ def test_one_layer_at_a_time_is_in_memory_and_the_module_tree_comes_back(
     assert found == {name for name in streamed.checkpoint.tensors if ".layers." in name}
 
 
-def test_scratch_holds_three_boundaries_at_most_and_nothing_afterwards(
+def test_the_work_folder_holds_three_boundaries_at_most_and_is_gone_afterwards(
     native: Path, tiny_llama: Path, text_file: Path, tmp_path: Path, rows: Tensor
 ) -> None:
-    scratch, boundary = tmp_path / "scratch", rows.numel() * 64 * 4
+    work, boundary = tmp_path / "work", rows.numel() * 64 * 4
     sizes: list[int] = []
+
+    def measure() -> None:
+        sizes.append(sum(f.stat().st_size for f in work.glob("*.bin")))
 
     class Watch(SilentReporter):
         def step(self, done: int, **figures: Any) -> None:
-            sizes.append(sum(f.stat().st_size for f in scratch.rglob("*") if f.is_file()))
+            measure()
 
-    run(native, text_file, against=str(tiny_llama), scratch=scratch, report=Watch())
-    # Two layers of the one, two of the other, then the scores.
-    assert sizes == [boundary, boundary, 2 * boundary, 2 * boundary, 2 * boundary]
-    assert list(scratch.iterdir()) == []
+    real = ActivationWriter.__exit__
+
+    def watched(writer: ActivationWriter, *error: Any) -> None:
+        real(writer, *error)
+        measure()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationWriter, "__exit__", watched)
+        run(native, text_file, against=str(tiny_llama), work=work, report=Watch())
+    # The embedding of both; of each layer the base's and the model's, before and after its commit;
+    # then the scores.
+    steps = [1, 2, *[3, 2, 3, 2] * 2, 2]
+    assert sizes == [count * boundary for count in steps]
+    assert not work.exists()
 
 
 def test_too_little_space_is_said_before_the_work(
@@ -341,10 +462,10 @@ def test_too_little_space_is_said_before_the_work(
     needed = 2 * rows.numel() * 64 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(OutputError, match="needed for hidden states"):
-        run(tiny_llama, text_file, scratch=tmp_path)
+        run(tiny_llama, text_file, work=tmp_path / "work")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    assert run(tiny_llama, text_file, scratch=tmp_path).windows
+    assert run(tiny_llama, text_file, work=tmp_path / "work").windows
 
 
 # -- what cannot work --------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""What a comparison measures: which checkpoints, on which text, against which base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from rilq.errors import OptionError, printable
+from rilq.evaluation.rules import AGAINST_BASE
+from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.hub import open_source
+from rilq.formats.verify import MANIFEST_NAME
+from rilq.progress import Reporter
+from rilq.records.evaluation import measured_run
+from rilq.records.run import Run
+
+_ALWAYS = ("perplexity", "bits_per_byte", "bits_per_weight", "size_bytes")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured of every checkpoint; the fields are those of `measure_texts`."""
+
+    text: str
+    text_key: str
+    seqlen: int | None
+    against: str | None
+    against_revision: str | None
+    device: str
+    dtype: str
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of those that it gives, if the text's bytes are known."""
+        return _ALWAYS if self.against is None else (*_ALWAYS, *AGAINST_BASE)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint to compare, and what a record says of it.
+
+    Attributes:
+        converted: it has a `rilq.json`, by which its content is known.
+        base: name and commit of the model on the Hub that it was made from; None if there is none.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    run: Run
+
+    @property
+    def converted(self) -> bool:
+        return bool(self.run.recipe)
+
+    @property
+    def base(self) -> tuple[str, str] | None:
+        source = (self.checkpoint.read_json(MANIFEST_NAME) or {}).get("source", {})
+        commit = source.get("commit") if self.converted else None
+        return (self.run.model, str(commit)) if commit else None
+
+
+def open_target(name: str) -> Target:
+    run = measured_run(name)
+    # int32: the packed codes of a converted checkpoint.
+    checkpoint = Checkpoint.open(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
+    return Target(name, checkpoint, run)
+
+
+def ask(
+    targets: Collection[Target],
+    text: str | None,
+    text_key: str,
+    seqlen: int | None,
+    against: str | None,
+    device: str,
+    dtype: str,
+    report: Reporter,
+) -> Question:
+    """What to measure, the base found.
+
+    Raises:
+        OptionError: there is no text.
+    """
+    if text is None:
+        raise OptionError(
+            f"{printable(next(iter(targets)).name)}: is measured on a text, and none is "
+            "named\n  pass --text with a file, wikitext2, c4, or owner/name on the Hub"
+        )
+    commit = None
+    if against == "none":
+        against = None
+    elif against is None:
+        bases = {target.base for target in targets if target.base is not None}
+        if len(bases) == 1:
+            against, commit = bases.pop()
+        else:
+            report.note(
+                f"{MANIFEST_NAME} names {'several bases' if bases else 'no base on the Hub'}: KL "
+                "and agreement are left out; --against BASE adds them"
+            )
+    return Question(text, text_key, seqlen, against, commit, device, dtype)
