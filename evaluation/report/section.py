@@ -158,8 +158,8 @@ def _tiles(subject: Subject) -> Iterator[Tile]:
     if found is not None and (speed := found.speed) is not None:
         yield Tile(
             "Tokens per second",
-            f"{speed.decode_tokens_per_s:.3g}",
-            f"prefill {speed.prefill_tokens_per_s:.3g} · {speed.device} {speed.dtype}",
+            _rate(speed.decode_tokens_per_s),
+            f"prefill {_rate(speed.prefill_tokens_per_s)} · {speed.device} {speed.dtype}",
         )
         held = speed.host_bytes if speed.device_bytes is None else speed.device_bytes
         place = "host" if speed.device_bytes is None else speed.device
@@ -170,6 +170,10 @@ def _tiles(subject: Subject) -> Iterator[Tile]:
             best = min(held_out, key=lambda p: p.value)
             note = f"{held_out[0].value:.4g} before the training"
             yield Tile("Validation loss", f"{best.value:.4g}", note)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def _measured_tiles(found: Evaluation) -> Iterator[Tile]:

@@ -126,8 +126,7 @@ def runs_subject(name: str, runs: Sequence[Run]) -> Subject:
     first = conversion or (runs[0] if runs else None)
     measured: dict[str, tuple[Run, Evaluation]] = {}  # by text, the newest
     for run in runs:
-        if run.evaluation is not None:
-            found = Evaluation.from_dict(run.evaluation)
+        if (found := _evaluation(run)) is not None:
             measured.setdefault(found.tokens_digest, (run, found))
     shown = {run.id for run, _ in measured.values()} | ({conversion.id} if conversion else set())
     figures = {name: value for run in reversed(runs) for name, value in run.figures.items()}
@@ -146,6 +145,14 @@ def runs_subject(name: str, runs: Sequence[Run]) -> Subject:
         layers=tuple(f for f in conversion.layers if isfinite(f.error)) if conversion else (),
         runs=tuple(run for run in reversed(runs) if run.id in shown and run.stages),
     )
+
+
+def _evaluation(run: Run) -> Evaluation | None:
+    """What a run has measured; None as well if another version of rilq has kept it in its way."""
+    try:
+        return None if run.evaluation is None else Evaluation.from_dict(run.evaluation)
+    except (KeyError, TypeError):
+        return None
 
 
 def finite_losses(losses: Iterable[LossPoint]) -> tuple[LossPoint, ...]:

@@ -58,6 +58,7 @@ def folded_tables(subject: Subject) -> list[Table]:
         "Recipe": subject.recipe,
         "Calibration data": subject.calibration,
         "Figures of the conversion": subject.quality,
+        "Evaluation": _measured_how(subject),
         "Versions": subject.versions,
         "Machine": subject.machine,
     }
@@ -165,6 +166,21 @@ def _stages(run: Run) -> Table:
     )
 
 
+def _measured_how(subject: Subject) -> dict[str, Any]:
+    found = subject.evaluation
+    if found is None:
+        return {}
+    return {
+        "text": found.text,
+        "context": found.seqlen,
+        "windows": found.windows,
+        "predicted tokens": found.tokens,
+        "xxh3 of the tokens": found.tokens_digest,
+        "computed in": found.dtype,
+        "notes": " ".join(found.notes),
+    }
+
+
 def _named(title: str, values: Mapping[str, Any]) -> Table:
     rows = tuple((Cell(name), Cell(text)) for name, text in _shown(values))
     return Table(title, ("name", "value"), rows)
@@ -172,7 +188,7 @@ def _named(title: str, values: Mapping[str, Any]) -> Table:
 
 def _shown(values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for name, value in sorted(values.items()):
-        if value not in (None, [], {}, ()):
+        if value not in (None, "", [], {}, ()):
             yield name, value if isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -93,6 +93,12 @@ def test_runs_alone_tell_what_was_recorded() -> None:
     assert runs_subject("", [measured]).evaluation == examples.evaluation()
 
 
+def test_an_evaluation_kept_by_another_version_is_left_out() -> None:
+    old = {k: v for k, v in examples.evaluation().as_dict().items() if k != "tasks"}
+    runs = [examples.run(id=i, command="eval", evaluation=old) for i in (2, 1)]
+    assert runs_subject("", runs).evaluations == ()
+
+
 def test_figures_of_an_earlier_push_are_shown_while_the_checkpoint_is_the_same(
     converted: pipeline.ConvertResult, tmp_path: Path
 ) -> None:
