@@ -33,6 +33,7 @@ from rilq.cli.options import (
     option,
 )
 from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.cli.summary import show_conversion
 from rilq.cli.tables import plan_table, show_plan, show_push
 from rilq.errors import OptionError
 
@@ -334,6 +335,10 @@ def convert(
         list[str] | None,
         option(OUT, "Also write <output>-<kind>, as `rilq export --to` does; repeatable."),
     ] = None,
+    page: Annotated[
+        bool,
+        option(OUT, "Also write <output>.report.html, a page to look at.", "--report/--no-report"),
+    ] = True,
     db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -346,6 +351,9 @@ def convert(
         stoppable(f"state is in {options.work}"),
         reporting(quiet, log_file, options.work) as report,
     ):
+        from rilq.evaluation.report.page import page_beside
+
+        place = page_beside(options.output) if page else None
         pushing = None
         if push_to is not None:
             pushing = rilq.PushOptions(
@@ -362,6 +370,7 @@ def convert(
             planned=lambda plan: show_plan(plan, report),
             exports={kind: _beside(options.output, kind) for kind in export or ()},
             push=pushing,
+            page=place,
             db=db,
         )
         if result.pushed is not None:
@@ -376,6 +385,8 @@ def convert(
             "exports": [each.as_dict() for each in result.exports],
             "pushed": result.pushed and result.pushed.as_dict(),
         }, default=str))  # fmt: skip
+    elif not quiet:
+        show_conversion(result, options.model, place, Console(stderr=True, highlight=False))
 
 
 @app.command()

@@ -69,22 +69,8 @@ def analyze(options: AnalyzeOptions, report: Reporter) -> Analysis:
             found = _Analyzer(options, job, work, rows, held_out, report).run()
     write_bytes(options.output / JSON_NAME, (json.dumps(found.as_dict(), indent=2) + "\n").encode())
     write_bytes(options.output / TABLE_NAME, as_markdown(found).encode())
-    _plot(found, options.output, report)
+    write_bytes(options.output / PLOT_NAME, plot(found))
     return found
-
-
-def _plot(found: Analysis, output: Path, report: Reporter) -> None:
-    """Write the figure, if matplotlib is there; an older one must not stand beside new numbers."""
-    (output / PLOT_NAME).unlink(missing_ok=True)
-    try:
-        image = plot(found)
-    except ImportError as err:
-        report.warn(
-            f"no {PLOT_NAME}: {err}\n  pip install rilq[plot], and run again; the table and "
-            f"{JSON_NAME} are complete"
-        )
-        return
-    write_bytes(output / PLOT_NAME, image)
 
 
 class _Analyzer:
