@@ -17,9 +17,10 @@ from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult, Job
 from rilq.converter.plan import Plan
-from rilq.evaluation.evaluate import DEFAULT_TEXT, evaluate_with_passages
+from rilq.evaluation.evaluate import evaluate_with_passages
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.perplexity import DEFAULT_TEXT
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
 from rilq.evaluation.report.sources import write_conversion_page

@@ -13,6 +13,7 @@ from rilq.errors import HubError, OptionError
 from rilq.evaluation.card import CardFacts, make_card
 from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.kept_figures import measure_once
+from rilq.evaluation.perplexity import DEFAULT_TEXT
 from rilq.evaluation.push_base import find_base, tell_base
 from rilq.evaluation.push_checks import (
     check_good,
@@ -35,7 +36,6 @@ from rilq.formats.verify import CARD, CARD_PLOT, MANIFEST_NAME, read_manifest
 from rilq.progress import Reporter, SilentReporter
 from rilq.records.losses import losses_of
 
-DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
 DEFAULT_RATIO = 2.0
 # Exports that transformers loads wherever rilq is installed. The others were read back and compared
 # when they were written, by code of ours.
