@@ -16,7 +16,7 @@ from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantSpec
 AdapterKind = Literal["pooled", "lora"]
 AdapterInit = Literal["zero", "loftq", "eora"]
 Clip = Literal["none", "search", "lsq"]
-Tier = Literal["dense", "packed"]
+Tier = Literal["dense", "packed", "offload"]
 Train = Literal["none", "adapters", "scales", "adapters+scales", "all", "all+codes"]
 Target = Literal["post-norm", "pre-norm", "logits"]
 Schedule = Literal["decay", "constant"]
