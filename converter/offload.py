@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from rilq.converter.machine import return_free_memory
+
 # Pinned blocks have the size of a power of two: in pieces of this one, little is lost.
 PIECE = 1 << 24
 _ALIGNED = 256  # bytes; what CUDA's own allocations are aligned to at least
@@ -114,6 +116,7 @@ class MappedLayers:
 
     def fetch(self, index: int) -> dict[str, Tensor]:
         """As of `Layers`."""
+        return_free_memory()  # of the layer before: what it held in part fragments the heap
         return self._read(index)
 
     def restart(self) -> None:

@@ -107,12 +107,14 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
     parse_size(options.max_shard_size)
+    if options.device_memory is not None:
+        parse_size(options.device_memory)
     source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
-    machine = measure_machine(options.device)
+    machine = measure_machine(options.device, limit=options.device_memory)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
     return Job(options, checkpoint, streamed, make_plan(streamed, options, machine))
