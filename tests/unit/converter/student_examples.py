@@ -64,7 +64,9 @@ def make_student(
     )
     draw = torch.Generator().manual_seed(9)
     for _, parameter in sorted(student.trained.items()):
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=draw).to(device))
+        parameter.data.add_(
+            0.05 * torch.randn(parameter.shape, generator=draw).to(parameter.device)
+        )
     return student
 
 
