@@ -86,5 +86,5 @@ def loss_and_gradients(student: Student) -> tuple[float, dict[str, Tensor]]:
         before = discrepancy(student, tokens, target, loss).item()
     value = discrepancy(student, tokens, target, loss)
     value.backward()
-    assert value.item() == before
+    assert abs(value.item() - before) < 1e-5 * before
     return before, {name: p.grad.cpu() for name, p in student.trained.items()}
