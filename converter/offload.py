@@ -10,6 +10,7 @@ called and not before, so that copy and computation take turns.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,15 +39,37 @@ class Layers(Protocol):
         ...
 
 
-def call_with(layers: Layers, index: int, layer: nn.Module) -> Callable[..., Any]:
-    """A forward of a decoder layer on the meta device that fetches its tensors for each call."""
-    bare = _Bare(layer)
+def own_forward(layer: nn.Module) -> Callable[..., Any]:
+    """What a decoder layer computes, to be put in a wrapper that takes the place of its forward.
+
+    The layer would hold the wrapper and the wrapper the layer, and gigabytes would wait for Python's
+    collector of cycles; so the reference is a weak one.
+    """
+    reference = weakref.ref(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        layer = _alive(reference)
+        return type(layer).forward(layer, *args, **kwargs)
+
+    return forward
+
+
+def call_with(layers: Layers, index: int, layer: nn.Module) -> Callable[..., Any]:
+    """`own_forward` of a decoder layer on the meta device: fetches its tensors for each call."""
+    reference = weakref.ref(layer)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        bare = _Bare(_alive(reference))
         tensors = {f"layer.{name}": value for name, value in layers.fetch(index).items()}
         return functional_call(bare, tensors, args, kwargs, tie_weights=False)
 
     return forward
+
+
+def _alive(reference: weakref.ref[nn.Module]) -> nn.Module:
+    layer = reference()
+    assert layer is not None, "a decoder layer was called after its model was let go of"
+    return layer
 
 
 class _Bare(nn.Module):

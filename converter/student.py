@@ -26,6 +26,7 @@ from rilq.converter.offload import (
     Layers,
     call_with,
     elsewhere,
+    own_forward,
     zeros_on_host,
 )
 from rilq.converter.options import Tier, Train
@@ -117,6 +118,22 @@ class _Given(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
+class _Last:
+    """The last decoder layer's output, from its call until it is taken."""
+
+    def __init__(self) -> None:
+        self._output: Tensor | None = None
+
+    def keep(self, _layer: nn.Module, _args: object, output: Tensor | tuple[Tensor]) -> None:
+        """A forward hook."""
+        self._output = output[0] if isinstance(output, tuple) else output
+
+    def taken(self) -> Tensor:
+        output, self._output = self._output, None
+        assert output is not None, "the last decoder layer was not called"
+        return output
+
+
 class Student(nn.Module):
     """transformers' own model over quantized weights.
 
@@ -184,16 +201,18 @@ class Student(nn.Module):
                 lambda index: homes[index].named_in(layers[index], read_layer(index)),
                 device,
             )
-        for index, layer in enumerate(layers):
-            if self._elsewhere is not None:
-                layer.forward = call_with(self._elsewhere, index, layer)
-            if recompute:
-                # Only the layer's input is kept; the backward pass computes the rest again.
-                layer.forward = partial(
-                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-                )
-        self._last: Tensor | None = None
-        layers[-1].register_forward_hook(self._keep_output)
+        for index, layer in enumerate(layers) if recompute else ():
+            forward = (
+                own_forward(layer)
+                if self._elsewhere is None
+                else call_with(self._elsewhere, index, layer)
+            )
+            # Only the layer's input is kept; the backward pass computes the rest again.
+            layer.forward = partial(
+                checkpoint, forward, use_reentrant=False, preserve_rng_state=False
+            )
+        self._last = _Last()
+        layers[-1].register_forward_hook(self._last.keep)
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, RilqLinear):
             self.model.set_output_embeddings(_dense(head, dtype))  # type: ignore[operator]
@@ -238,11 +257,6 @@ class Student(nn.Module):
             self.trained[f"{name}.code_shift"] = linear.code_shift
         return linear
 
-    def _keep_output(
-        self, _layer: nn.Module, _args: object, output: Tensor | tuple[Tensor]
-    ) -> None:
-        self._last = output[0] if isinstance(output, tuple) else output
-
     def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states before and after the final norm; the latter feed the head.
 
@@ -255,9 +269,7 @@ class Student(nn.Module):
         if self._elsewhere is not None:
             self._elsewhere.restart()
         out = self.model.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-        before, self._last = self._last, None
-        assert before is not None, "the last decoder layer was not called"
-        return before, out.last_hidden_state
+        return self._last.taken(), out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of states after the final norm.

@@ -55,11 +55,8 @@ def _group_gradients(
     grad: Tensor, x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of scale and zero-point, `[out, groups]` each, from W = scale * (code - zero)."""
-    groups, by_scale, by_zero = (
-        scale.shape[1],
-        torch.empty_like(scale),
-        torch.empty_like(zero_point),
-    )
+    groups = scale.shape[1]
+    by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero_point)
     grad, x = grad.flatten(0, -2), x.flatten(0, -2).float()
     for part in row_chunks(scale.shape[0], x.shape[1]):
         full = grad[:, part].T.float() @ x  # dL/dW, [rows, in]

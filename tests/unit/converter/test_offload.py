@@ -1,5 +1,6 @@
 """Offloaded decoder layers: what they compute, when they are copied, and the memory they take."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,6 +224,23 @@ def test_a_layer_on_a_cpu_is_let_go_of_after_its_call(
     student.states(batch()[0])[1].sum().backward()
     assert alive[:LAYERS] == [{index} for index in range(LAYERS)]
     assert len(alive) == 2 * LAYERS and max(map(len, alive)) <= 2
+
+
+@pytest.mark.parametrize("tier", ["dense", "packed", "offload"])
+def test_a_student_that_is_let_go_of_frees_its_memory_at_once(
+    tier: Tier, model: Path, quantized: Callable[[int], Path], through_slots: None
+) -> None:
+    student = make_student(model, quantized(2), tier, "adapters+scales")
+    loss_and_gradients(student)
+    held = [weakref.ref(p) for p in student.parameters()]
+    if isinstance(student._elsewhere, HostLayers):
+        held.append(weakref.ref(student._elsewhere._slots[0].memory))
+    gc.disable()
+    try:
+        del student
+        assert not [ref for ref in held if ref() is not None]
+    finally:
+        gc.enable()
 
 
 DTYPES = (torch.int32, torch.float16, torch.float32, torch.uint8, torch.bfloat16)
