@@ -42,7 +42,7 @@ class Layers(Protocol):
 def own_forward(layer: nn.Module) -> Callable[..., Any]:
     """What a decoder layer computes, to be put in a wrapper that takes the place of its forward.
 
-    The layer would hold the wrapper and the wrapper the layer, and gigabytes would wait for Python's
+    The layer would hold the wrapper and the wrapper the layer, and gigabytes would wait for the
     collector of cycles; so the reference is a weak one.
     """
     reference = weakref.ref(layer)
