@@ -213,8 +213,11 @@ def convert_options(
     device: Device = "auto",
     dtype: Dtype = "auto",
     student: Annotated[
-        str, option(MACHINE, "Weights while training: auto, dense or packed.")
+        str, option(MACHINE, "Weights while training: auto, dense, packed or offload.")
     ] = "auto",
+    device_memory: Annotated[
+        str | None, option(MACHINE, "Use no more of a GPU's memory than this, such as 24GB.")
+    ] = None,
     evict: Annotated[
         bool,
         option(
@@ -281,6 +284,7 @@ def convert_options(
         device=device,
         dtype=dtype,
         student=student,
+        device_memory=device_memory,
         evict=evict,
         max_disk=max_disk,
         max_shard_size=max_shard_size,

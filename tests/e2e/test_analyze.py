@@ -199,13 +199,14 @@ def test_table_json_and_plot_are_written(found: dict[str, Any]) -> None:
     assert found["plot"].startswith(b"\x89PNG") and "warning" not in found["err"]
 
 
-def test_a_packed_student_gives_what_the_dense_one_gives(
-    found: dict[str, Any], analyze: Callable[..., Any]
+@pytest.mark.parametrize("tier", ["packed", "offload"])
+def test_every_tier_gives_what_the_dense_one_gives(
+    tier: str, found: dict[str, Any], analyze: Callable[..., Any]
 ) -> None:
-    ended = analyze("--student", "packed", "--json")
+    ended = analyze("--student", tier, "--json")
     assert ended.code == 0, ended.err
-    for dense, packed in zip(found["json"]["rows"], json.loads(ended.out)["rows"], strict=True):
-        assert packed["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
+    for dense, other in zip(found["json"]["rows"], json.loads(ended.out)["rows"], strict=True):
+        assert other["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
