@@ -297,10 +297,10 @@ class StreamingPass:
                 hessian = self._hessian(index, linears[group[0]], student)
             if quantizer.needs_hessian:
                 assert hessian is not None
+                kept = hessian.clone() if initial and initial.needs_hessian else None
                 with _named(group[0]):
-                    prepared = quantizer.prepare(hessian)
-            if not (initial and initial.needs_hessian):
-                hessian = None  # of a wide linear it is the largest thing in memory
+                    prepared = quantizer.prepare(hessian, partial(self._warn, group))
+                hessian = kept  # of a wide linear it is the largest thing in memory
             for name in group:
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
@@ -409,7 +409,10 @@ class StreamingPass:
         for _, batch in student.batches(self.options.batch_rows):
             hidden = self._here(batch)
             total.add(linear_input(self.streamed, index, linear, hidden))
-        return total.value()
+        return total.take()
+
+    def _warn(self, linears: list[str], text: str) -> None:
+        self.report.warn(f"{', '.join(linears)}: {text}")
 
     def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
         for name, module in self.streamed.linears(index).items():
