@@ -121,8 +121,8 @@ def memory_errors_explained(state: Callable[[], str]) -> Iterator[None]:
         raise RilqError(
             f"memory ran out {state()}: {one_line(err)}\n"
             "  close other programs and run the same command again, it goes on from there; or "
-            "begin anew (--resume never) with a lower --seqlen or --batch-size, or with --student "
-            "packed"
+            "begin anew (--resume never) with a lower --seqlen, --batch-size or --micro-batch, or "
+            "with --student packed"
         ) from err
 
 

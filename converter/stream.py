@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
 from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
+from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
 from rilq.converter.layer_reader import LayerReader, reading_ahead
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
@@ -46,6 +47,8 @@ from rilq.formats.shard_writer import write_tensors
 from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,17 @@ class StreamingPass:
                 reader.start(steps[1 + max(0, done - 1) :])
                 self._layers(done, reader)
         if targets and done < len(steps) + targets:
-            self._targets()
+            self._recovering(self._targets)
+
+    def _recovering(self, unit: Callable[[], T]) -> T:
+        """Do one unit, with fewer rows at once than planned where memory asks for it."""
+
+        def run(rows: RowsAtOnce) -> T:
+            self.options = replace(self.options, **asdict(rows))
+            return unit()
+
+        rows = RowsAtOnce(self.options.batch_rows, self.options.micro_batch)
+        return with_fewer_rows("the decoder layers", rows, run, self.work, self.report)
 
     @property
     def _on_gpu(self) -> bool:
@@ -152,12 +165,12 @@ class StreamingPass:
         self.streamed.prepare(self.shape[1])
         self.report.stage("layers", count, "layer")
         if done == 0:
-            self._embedding()
+            self._recovering(self._embedding)
             done = 1
         self.streamed.drop_embeddings()
         self.report.step(done - 1)
         for index in range(done - 1, count):
-            error = self._layer(index, reader.take())
+            error = self._recovering(partial(self._layer, index, reader.take()))
             reader.advance()
             self.report.step(index + 1, error=round(error, 4))
 
@@ -236,7 +249,11 @@ class StreamingPass:
             found: Mapping[str, Any] | None = None
             if self.options.after_layer is not None:
                 layer = StreamedLayer(index, tensors, saved, student, wanted)
-                found = self.options.after_layer(layer)
+                try:
+                    found = self.options.after_layer(layer)
+                except torch.OutOfMemoryError as err:
+                    # It may have kept something of this layer, so it is not asked again.
+                    raise MemoryError(str(err)) from err
         return_free_memory()
         self.work.commit(
             "layers",
