@@ -212,7 +212,7 @@ def convert_options(
     device: Device = "auto",
     dtype: Dtype = "auto",
     student: Annotated[
-        str, option(MACHINE, "Weights while training: auto, dense or packed.")
+        str, option(MACHINE, "Weights while training: auto, dense, packed or offload.")
     ] = "auto",
     micro_batch: Annotated[
         str,
@@ -222,6 +222,9 @@ def convert_options(
             "free memory; halved, once, where a GPU's memory runs out all the same.",
         ),
     ] = "auto",
+    device_memory: Annotated[
+        str | None, option(MACHINE, "Use no more of a GPU's memory than this, such as 24GB.")
+    ] = None,
     evict: Annotated[
         bool,
         option(
@@ -289,6 +292,7 @@ def convert_options(
         dtype=dtype,
         student=student,
         micro_batch=_rows_at_once(micro_batch),
+        device_memory=device_memory,
         evict=evict,
         max_disk=max_disk,
         max_shard_size=max_shard_size,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rilq.calib.activations import ActivationStore
@@ -31,6 +30,7 @@ from rilq.converter.analysis_plot import plot
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.initial import set_values
 from rilq.converter.layers import StreamedModel
+from rilq.converter.loss import next_token_loss
 from rilq.converter.pipeline import Job, base_name, prepare
 from rilq.converter.plan import check_fits
 from rilq.converter.quantizers import build_quantizer
@@ -296,13 +296,11 @@ def held_out_figures(
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch].to(device)
         hidden = student.states(part)[1]
-        logits = student.logits(hidden)
-        predicted, true = logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()
-        total += F.cross_entropy(predicted, true, reduction="sum").item()
+        total += next_token_loss(student, hidden, part).item() * len(part)
         wanted = targets.read(first + start, first + start + len(part)).to(device).float()
         apart += (hidden.float() - wanted).square().sum().item()
         norm += wanted.square().sum().item()
-    loss = total / (len(tokens) * (tokens.shape[1] - 1))
+    loss = total / len(tokens)
     if not loss < 700:  # exp ends near 709; NaN is not below anything
         raise RilqError(
             f"held-out text: the loss is {loss} nats per token\n  run again with --dtype float32"

@@ -29,7 +29,7 @@ from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
-from rilq.converter.loss import Loss
+from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
@@ -108,12 +108,14 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
     parse_size(options.max_shard_size)
+    if options.device_memory is not None:
+        parse_size(options.device_memory)
     source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
-    machine = measure_machine(options.device)
+    machine = measure_machine(options.device, limit=options.device_memory)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
     return Job(options, checkpoint, streamed, make_plan(streamed, options, machine))
@@ -391,7 +393,7 @@ class _Conversion:
         if self._merging:
             sample = tokens[-validation:][:COMPARED_ROWS].to(self.streamed.device)
             with torch.no_grad():
-                before = student(sample).cpu()
+                before = student.states(sample)[1]
             del student, trainer
             parts = QuantizedParts(self.work, self.layers, best, self.adapter_spec, bits=self.bits)
             merged = self._student(parts, quantization, train="none")
@@ -410,10 +412,17 @@ class _Conversion:
         tokens: Tensor,
         validation: int,
         stored: Student,
-    ) -> tuple[Tensor, float]:
-        """How far a stored student's logits are from those `before`; its validation loss."""
+    ) -> tuple[tuple[float, float], float]:
+        """How far a stored student's logits are from the trained one's; its validation loss.
+
+        Args:
+            before: the trained student's states on `sample`; both have the same head.
+
+        Returns:
+            The largest and the mean difference, and the loss.
+        """
         with torch.no_grad():
-            apart = (stored(sample).cpu() - before).abs()
+            apart = logit_differences(stored, before, stored.states(sample)[1])
         losses = validation_losses(
             stored,
             tokens,
@@ -425,10 +434,10 @@ class _Conversion:
         )
         return apart, losses["total"]
 
-    def _merge_figures(self, apart: Tensor, loss: float) -> dict[str, Any]:
+    def _merge_figures(self, apart: tuple[float, float], loss: float) -> dict[str, Any]:
         figures = {
-            "merge_max_logit_difference": apart.max().item(),
-            "merge_mean_logit_difference": apart.mean().item(),
+            "merge_max_logit_difference": apart[0],
+            "merge_mean_logit_difference": apart[1],
             "validation_loss_merged": loss,
         }
         self.report.note(
@@ -442,21 +451,21 @@ class _Conversion:
         self,
         best: Mapping[str, Tensor],
         quantization: RilqConfig,
-        measured: Callable[[Student], tuple[Tensor, float]],
+        measured: Callable[[Student], tuple[tuple[float, float], float]],
     ) -> dict[str, Any]:
         """The integer base as it will be stored, with its adapter beside it and alone."""
         parts = self._integer_base(best)
         beside = self._student(parts, quantization, train="adapters")
         set_values(beside.trained, {n: best[n] for n in beside.trained})
-        apart, loss = measured(beside)
+        (apart, _), loss = measured(beside)
         del beside
         alone = measured(self._student(parts, quantization, train="none"))[1]
         self.report.note(
             f"kept: integer base and adapter: validation loss {loss:.4f}, logits differ from the "
-            f"trained ones by at most {apart.max().item():.2g}; the base alone {alone:.4f}"
+            f"trained ones by at most {apart:.2g}; the base alone {alone:.4f}"
         )
         return {
-            "kept_max_logit_difference": apart.max().item(),
+            "kept_max_logit_difference": apart,
             "validation_loss_kept": loss,
             "validation_loss_integer_base": alone,
         }

@@ -214,13 +214,14 @@ def test_a_plot_is_written_where_matplotlib_is_installed(
     assert (tmp_path / "found" / "analysis.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_packed_student_gives_what_the_dense_one_gives(
-    found: dict[str, Any], analyze: Callable[..., Any]
+@pytest.mark.parametrize("tier", ["packed", "offload"])
+def test_every_tier_gives_what_the_dense_one_gives(
+    tier: str, found: dict[str, Any], analyze: Callable[..., Any]
 ) -> None:
-    ended = analyze("--student", "packed", "--json")
+    ended = analyze("--student", tier, "--json")
     assert ended.code == 0, ended.err
-    for dense, packed in zip(found["json"]["rows"], json.loads(ended.out)["rows"], strict=True):
-        assert packed["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
+    for dense, other in zip(found["json"]["rows"], json.loads(ended.out)["rows"], strict=True):
+        assert other["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
