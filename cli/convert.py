@@ -215,6 +215,14 @@ def convert_options(
     student: Annotated[
         str, option(MACHINE, "Weights while training: auto, dense, packed or offload.")
     ] = "auto",
+    micro_batch: Annotated[
+        str,
+        option(
+            MACHINE,
+            "Rows that run at once, in the pass and of an update: a number, or auto, from the "
+            "free memory; halved, once, where a GPU's memory runs out all the same.",
+        ),
+    ] = "auto",
     device_memory: Annotated[
         str | None, option(MACHINE, "Use no more of a GPU's memory than this, such as 24GB.")
     ] = None,
@@ -284,6 +292,7 @@ def convert_options(
         device=device,
         dtype=dtype,
         student=student,
+        micro_batch=_rows_at_once(micro_batch),
         device_memory=device_memory,
         evict=evict,
         max_disk=max_disk,
@@ -300,6 +309,14 @@ def _pattern_bits(text: str) -> tuple[str, int]:
     if not pattern or not bits.isdigit():
         raise OptionError(f"--bits-for {text}: expected PATTERN=BITS, for example down_proj=4")
     return pattern, int(bits)
+
+
+def _rows_at_once(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise OptionError(f"--micro-batch {text}: expected auto or a number of rows")
+    return int(text)
 
 
 def _takesconvert_options(command: Callable[..., None]) -> Callable[..., None]:
