@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far reading, computing and writing of the streaming pass overlap, on a slow disk.
 
-Streams a random Llama (hidden 256, intermediate 704, 12 layers, bfloat16) through `StreamingPass`
+Streams a random Llama (hidden 256, intermediate 704, 24 layers, bfloat16) through `StreamingPass`
 with GPTQ. Each round measures
 
   computing   the pass with the checkpoint in the page cache and its work folder in memory
@@ -12,7 +12,7 @@ with GPTQ. Each round measures
 In "reading" and "together" each read of a layer sleeps as long as "computing" took for a layer, so
 that reading takes as long as computing: a loop without overlap would need the sum of all three.
 
-    python benchmarks/overlap.py                    # three minutes on 2 cores
+    python benchmarks/overlap.py                    # minutes on 2 cores
 """
 
 import argparse
@@ -45,7 +45,7 @@ from rilq.formats.spec import QuantSpec
 from rilq.progress import SilentReporter
 
 SEED = 0
-LAYERS, ROWS, SEQLEN, VOCABULARY = 12, 16, 128, 1024
+LAYERS, ROWS, SEQLEN, VOCABULARY = 24, 16, 128, 1024
 HIDDEN, INTERMEDIATE = 256, 704
 MEMORY = Path("/dev/shm")  # a folder without a disk, where there is one
 
