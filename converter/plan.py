@@ -284,6 +284,7 @@ class _Sizes:
     layers: int
     layer_values: int  # parameters of the largest decoder layer
     layer_bytes: int
+    layer_page_locked: int  # the same in page-locked memory
     outer_values: int
     outer_bytes: int
     outer_packed: int  # weights of embedding and head that are quantized
@@ -334,6 +335,9 @@ class _Sizes:
             layers=len(layers),
             layer_values=max(_values(streamed, names) for names in layers),
             layer_bytes=max(checkpoint.nbytes(names) for names in layers),
+            layer_page_locked=max(
+                sum(_page_locked(tensors[n].nbytes) for n in names) for names in layers
+            ),
             outer_values=_values(streamed, outer),
             outer_bytes=checkpoint.nbytes(outer),
             outer_packed=sum(p.out_features * p.in_features for p in packed_outer),
@@ -375,14 +379,15 @@ class _Sizes:
     def host_bytes(self, item: int, choices: Choices) -> int:
         """Beside a GPU: what is outer; layers as stored; hidden states on their way.
 
-        Of layers these are the one at work and what is saved of it, and the next one as it is read
-        and in page-locked memory; of states those to be written, and two batches each of teacher
-        and student.
+        In page-locked memory, the layer at work and the next one, states to be written, and two
+        batches each of teacher and student; elsewhere what is saved of the layer at work, and the
+        next one as it is read.
         """
         outer = self.outer_bytes + self.outer_packed_bytes
         batch = choices.batch_rows * self.seqlen * self.hidden * item
-        states = self.written_behind(item, choices) + 4 * batch
-        return self.layer_bytes * 4 + outer + self.layer_alternatives + states
+        states = (4 + max(1, WRITE_BEHIND // batch)) * _page_locked(batch)
+        layers = 2 * self.layer_page_locked + 2 * self.layer_bytes
+        return layers + outer + self.layer_alternatives + states
 
     @property
     def layer_alternatives(self) -> int:
@@ -478,6 +483,11 @@ class _Sizes:
         trained = 2 * 4 * 4 * self.trained_values
         alternatives = round(self.alternative_bytes * self.quantized_weights)
         return output + states + initial + trained + alternatives + (4 << 20)
+
+
+def _page_locked(nbytes: int) -> int:
+    """What torch takes of page-locked memory for a tensor: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()
 
 
 def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: ConvertOptions) -> int:

@@ -255,7 +255,7 @@ class Trainer:
                 yield partial(read, rows)
 
         for batch in prefetch(reads()):
-            yield [(t.to(self.device), h.to(self.device)) for t, h in batch]
+            yield [(t.to(self.device), h.to(self.device, non_blocking=True)) for t, h in batch]
 
     @torch.no_grad()
     def _validate(self) -> None:
