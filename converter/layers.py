@@ -7,7 +7,7 @@ transformers' own forward pass, so that nothing about an architecture is written
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,10 +21,14 @@ from rilq.converter.architecture import (
     load_config,
     tied_head_differs,
 )
+from rilq.converter.experts import LayerTensors, fetched_when_run, names_apart
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.experts import Experts
 from rilq.formats.native import native_config
+from rilq.formats.packed_linear import RilqLinear
 from rilq.formats.shard import listing
+from rilq.formats.spec import QuantSpec
 
 # Old exports stored these buffers; transformers computes them from the config.
 _DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias.causal")
@@ -38,6 +42,8 @@ class StreamedModel:
         model: the causal language model; its decoder layers are on the meta device unless loaded.
         prefix: module name of the layer list, for example `model.layers`.
         dtype, device: where and in what the layers compute.
+        experts_apart: the experts of a layer do not fit the memory together; each is in it only
+            while it runs.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,6 +55,7 @@ class StreamedModel:
         self.prefix, self.layers = decoder_layers(self.model, self.config)
         self._calls: list[dict[str, Any]] = []
         self._seqlen = 0
+        self.experts_apart = False
         self._check_tensors()
 
     # -- what the checkpoint must hold -----------------------------------------------------------
@@ -116,6 +123,13 @@ class StreamedModel:
             if isinstance(module, nn.Linear)
         }
 
+    def experts(self, index: int) -> tuple[str, Experts] | None:
+        """The experts of decoder layer `index` with their full name, if it has any."""
+        for name, module in self.layers[index].named_modules():
+            if isinstance(module, Experts):
+                return f"{self.prefix}.{index}.{name}", module
+        return None
+
     # -- weights in and out ----------------------------------------------------------------------
 
     def load_outer(self, tensors: dict[str, Tensor]) -> None:
@@ -137,19 +151,50 @@ class StreamedModel:
             if not torch.equal(self.checkpoint.read([name])[name].to(head), head):
                 raise tied_head_differs(self.checkpoint.source.label, name)
 
+    def read_layer(self, index: int) -> LayerTensors:
+        """The tensors of decoder layer `index`; those of experts later, if they are apart."""
+        names = self.layer_names(index)
+        return LayerTensors(
+            self.checkpoint, names, names_apart(names) if self.experts_apart else []
+        )
+
     @contextmanager
-    def loaded(self, index: int, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
+    def loaded(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights on the device; afterwards back on meta.
 
         Args:
-            tensors: by full checkpoint name, as `Checkpoint.read(layer_names(index))` gives them.
+            tensors: by full checkpoint name, as `read_layer` gives them.
         """
+        apart = tensors.apart if isinstance(tensors, LayerTensors) else set()
+        linears = dict(self.linears(index)) if apart else {}
+
+        def place(name: str) -> None:
+            place_tensor(self.model, name, tensors[name], self.device)
+
         try:
-            for name, value in tensors.items():
-                place_tensor(self.model, name, value, self.device)
-            yield self.layers[index]
+            for name in tensors:
+                if name not in apart:
+                    place(name)
+            found = self.experts(index) if apart else None
+            with fetched_when_run(found[1], found[0], place) if found else nullcontext():
+                yield self.layers[index]
         finally:
+            for name, linear in linears.items():  # of what `pack_linear` replaced
+                self.model.set_submodule(name, linear)
             self.layers[index].to("meta")
+
+    def pack_linear(self, name: str, native: Mapping[str, Tensor], spec: QuantSpec) -> None:
+        """Run a linear of a loaded layer, whose experts are apart, over its packed codes.
+
+        Args:
+            native: tensors of its layer by full name, as the output will hold them.
+        """
+        old = self.model.get_submodule(name)
+        assert isinstance(old, nn.Linear), "no linear"
+        packed = RilqLinear(old.in_features, old.out_features, spec, device="meta")
+        self.model.set_submodule(name, packed)
+        for part in ("weight", "weight_scale", "zero_point"):
+            place_tensor(self.model, f"{name}.{part}", native[f"{name}.{part}"], self.device)
 
     def drop_embeddings(self) -> None:
         """Free the embedding and the head: layers and final norm run without them."""
@@ -330,13 +375,20 @@ def linear_input(streamed: StreamedModel, index: int, linear: nn.Linear, hidden:
     Returns:
         `[rows, seq_len, in_features]`, in the compute dtype.
     """
-    caught: list[Tensor] = []
+    return module_inputs(streamed, index, linear, hidden)[0]
+
+
+def module_inputs(
+    streamed: StreamedModel, index: int, module: nn.Module, hidden: Tensor
+) -> tuple[Tensor, ...]:
+    """What a part of a loaded decoder layer is called with; what comes after is not computed."""
+    caught: list[tuple[Tensor, ...]] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
+        caught.append(args)
         raise _Reached
 
-    handle = linear.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook)
     try:
         streamed.run(index, hidden)
     except _Reached:

@@ -175,7 +175,11 @@ class _Conversion:
         self.layers = len(job.streamed.layers)
         self.adapter_spec = (
             AdapterSpec(
-                self.options.adapter, self.options.rank, self.options.alpha, self.options.seed
+                self.options.adapter,
+                self.options.rank,
+                self.options.alpha,
+                self.options.seed,
+                self.options.adapter_targets,
             )
             if self.options.trains_adapters
             else None

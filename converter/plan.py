@@ -32,12 +32,13 @@ from rilq.converter.options import (
     LAYER_QUANTIZERS,
     ConvertOptions,
     Tier,
+    is_router,
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
-from rilq.formats.native import RilqConfig
+from rilq.formats.native import EXPERTS_FORMAT_VERSION, RilqConfig
 from rilq.formats.packed_linear import CHUNK
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 from rilq.progress import gigabytes
@@ -100,6 +101,7 @@ class Plan:
             sizes and bits below are then upper bounds.
         outer: embedding and head where they are quantized; a tied head is the embedding.
         tied: embedding and head are one matrix.
+        experts: in a decoder layer, at most; 0 for a model without.
         read_bytes: of the checkpoint.
         host_bytes, device_bytes: peak memory above the interpreter's own; on a CPU all is host.
         host_free, device_free: what there was of it when this was planned.
@@ -120,6 +122,7 @@ class Plan:
     embed_bits: int
     head_bits: int
     tied: bool
+    experts: int
     outer: tuple[LinearPlan, ...]
     rows: int
     validation_rows: int
@@ -176,6 +179,7 @@ class Plan:
                 p.name: p.spec.bits for p in self.quantized if p.spec and p.spec.bits != bits
             },
             recipe=recipe,
+            format_version=EXPERTS_FORMAT_VERSION if self.experts else None,
         )
 
 
@@ -225,6 +229,7 @@ def make_plan(
         embed_bits=options.embed_bits,
         head_bits=options.head_bits,
         tied=is_tied(streamed),
+        experts=sizes.experts,
         outer=outer,
         rows=rows,
         validation_rows=validation,
@@ -298,6 +303,7 @@ class _Sizes:
     hessians: bool
     searches: bool
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
+    experts: int
     alternatives: int  # other bits that each linear is quantized to
     alternative_bytes: float  # of all alternatives of one weight
     gain_passes: float  # over all rows, to measure what alternatives gain
@@ -318,7 +324,7 @@ class _Sizes:
         weights = {f"{p.name}.weight" for p in (*quantized, *packed_outer)}
         bits, outer_bits = _stored_bits(quantized, options.avg_bits), _stored_bits(packed_outer)
         head_size = streamed.config.vocab_size * streamed.config.hidden_size
-        adapters = AdapterSpec(options.adapter, max(1, options.rank), options.alpha, options.seed)
+        adapters = _adapter_spec(options)
         return cls(
             layers=len(layers),
             layer_values=max(_values(streamed, names) for names in layers),
@@ -349,6 +355,9 @@ class _Sizes:
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
+            experts=max(
+                found[1].count if (found := streamed.experts(i)) else 0 for i in range(len(layers))
+            ),
             alternatives=len(options.more_bits),
             alternative_bytes=sum(
                 QuantSpec(bits, options.group_size).bits_per_weight / 8
@@ -440,11 +449,21 @@ def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: Con
     return grids + sum(4 * options.rank * (p.out_features + p.in_features) for p in quantized)
 
 
+def _adapter_spec(options: ConvertOptions) -> AdapterSpec:
+    return AdapterSpec(
+        options.adapter,
+        max(1, options.rank),
+        options.alpha,
+        options.seed,
+        options.adapter_targets,
+    )
+
+
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
     """Values that are trained for one linear."""
     out, width, size = linear.out_features, linear.in_features, options.group_size
     grid = out * (width // size)
-    of_adapter = parameter_count(adapters, out, width, size)
+    of_adapter = parameter_count(adapters, out, width, size) * adapters.adapts(linear.name)
     return {
         "none": 0,
         "adapters": of_adapter,
@@ -495,7 +514,7 @@ def _linears(streamed: StreamedModel, options: ConvertOptions) -> list[LinearPla
         for name, module in streamed.linears(index).items():
             spec = options.spec_for(name)
             pattern = next((p for p in options.skip if matches(p, name)), "")
-            why = "" if spec else f"--skip {pattern}"
+            why = "" if spec else "router" if is_router(name) else f"--skip {pattern}"
             plans.append(LinearPlan(name, module.out_features, module.in_features, spec, why))
     unused = [
         p for p in options.skip if p != "lm_head" and not any(matches(p, n.name) for n in plans)
