@@ -25,6 +25,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec, plain_adapters
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.bit_choice import average_bits, choose_bits
+from rilq.converter.experts import expert_quality
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
@@ -52,6 +53,7 @@ from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
+from rilq.formats.shard import listing
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.source import Source
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
@@ -106,7 +108,8 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     Raises:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
-    parse_size(options.max_shard_size)
+    for size in filter(None, (options.max_shard_size, options.expert_memory)):
+        parse_size(size)
     source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
@@ -172,6 +175,7 @@ class _Conversion:
         self.bits: dict[str, int] = {}  # of linears that get more than the base's
         saved = {k: v for k, v in work.job["choices"].items() if k != "files"}
         self.choices = Choices(**saved)
+        job.streamed.experts_apart = self.choices.experts_apart
         self.layers = len(job.streamed.layers)
         self.adapter_spec = (
             AdapterSpec(
@@ -214,6 +218,7 @@ class _Conversion:
                 target=self.options.target,
                 outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
                 initial=self._initial(),
+                trains_experts=self.choices.trains_experts,
                 more_bits=self.options.more_bits,
                 after_layer=partial(
                     rounding_errors,
@@ -231,7 +236,8 @@ class _Conversion:
         quality: dict[str, Any] = {
             "layer_errors": [
                 r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
-            ]
+            ],
+            **self._expert_quality(),
         }
         if self.options.keep_adapter:
             quality["rounding_error"] = self._zero_point_cost()
@@ -281,6 +287,16 @@ class _Conversion:
             f"{len(facts['chosen'])} of {len(self.plan.quantized)} linears"
         )
         return facts
+
+    def _expert_quality(self) -> dict[str, Any]:
+        """Tokens of the experts, and those that saw too few; both also said."""
+        quality = expert_quality(r.facts for r in self.work.stage("layers"))
+        if few := quality.get("experts_without_data"):
+            self.report.warn(
+                f"{len(few)} linears of experts saw too few tokens and were quantized without data: "
+                f"{listing(list(few))}\n  more rows (--nsamples) reach more experts"
+            )
+        return quality
 
     def _zero_point_cost(self) -> dict[str, float]:
         errors = relative_errors(record.facts for record in self.work.stage("layers"))

@@ -22,6 +22,7 @@ from rilq.converter.adapters import (
 )
 from rilq.converter.alternatives import ROWS as GAIN_ROWS
 from rilq.converter.bit_choice import budget
+from rilq.converter.experts import HESSIANS, names_apart
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import LOGITS
 from rilq.converter.machine import Machine, volume_of
@@ -31,8 +32,10 @@ from rilq.converter.options import (
     DEFAULT_SEQLEN,
     LAYER_QUANTIZERS,
     ConvertOptions,
+    TARGETS,
     Tier,
     is_router,
+    is_target,
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
@@ -40,7 +43,8 @@ from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
 from rilq.formats.native import EXPERTS_FORMAT_VERSION, RilqConfig
 from rilq.formats.packed_linear import CHUNK
-from rilq.formats.spec import GROUP_SIZES, QuantSpec
+from rilq.formats.spec import EXPERTS, GROUP_SIZES, QuantSpec
+from rilq.formats.writer import parse_size
 from rilq.progress import gigabytes
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
@@ -48,6 +52,7 @@ STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any 
 SEARCH_BYTES = 100 * 9 * 8
 # A rotated weight is read and written in float64 by some five passes, and converted twice.
 ROTATE_BYTES = 100
+APART_TOKENS = 16  # times as many, where each expert is read again for every batch
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
@@ -78,6 +83,8 @@ class Choices:
     scales_learning_rate: float
     seqlen: int
     recompute: bool = True  # decoder layers in the backward pass, to save their activations
+    experts_apart: bool = False  # experts of a layer come one by one: together they do not fit
+    trains_experts: bool = True  # with the rest of their layer, by quantizers that train one
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,10 @@ def make_plan(
     linears = _linears(streamed, options)
     quantized = tuple(p for p in linears if p.spec is not None)
     kept = tuple((p.name, p.kept_because) for p in linears if p.spec is None)
+    spec = _adapter_spec(options)
+    adapted = tuple(p for p in quantized if spec.adapts(p.name)) if options.trains_adapters else ()
     _check(options, quantized, rows, validation)
+    _check_adapted(options, quantized, adapted)
     outer = tuple(
         LinearPlan(name, config.vocab_size, config.hidden_size, spec)
         for name, spec in outer_specs(streamed, options).items()
@@ -245,7 +255,9 @@ def make_plan(
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
         seconds=seconds,
         time_basis=basis,
-        notes=_notes(options, quantized, beside) + _untied(streamed),
+        notes=_notes(options, adapted, beside)
+        + _expert_notes(options, choices, sizes.experts)
+        + _untied(streamed),
     )
 
 
@@ -303,7 +315,10 @@ class _Sizes:
     hessians: bool
     searches: bool
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
-    experts: int
+    experts: int  # of a decoder layer, at most
+    expert_values: int  # parameters of all experts of a decoder layer
+    expert_bytes: int
+    idle_values: int  # of them, those that no token meets on average
     alternatives: int  # other bits that each linear is quantized to
     alternative_bytes: float  # of all alternatives of one weight
     gain_passes: float  # over all rows, to measure what alternatives gain
@@ -319,12 +334,21 @@ class _Sizes:
         seqlen: int,
     ) -> _Sizes:
         tensors, checkpoint = streamed.checkpoint.tensors, streamed.checkpoint
+        config = streamed.config
         layers = [streamed.layer_names(i) for i in range(len(streamed.layers))]
         outer = streamed.outer_names()
         weights = {f"{p.name}.weight" for p in (*quantized, *packed_outer)}
         bits, outer_bits = _stored_bits(quantized, options.avg_bits), _stored_bits(packed_outer)
         head_size = streamed.config.vocab_size * streamed.config.hidden_size
         adapters = _adapter_spec(options)
+        apart = [names_apart(names) for names in layers]
+        expert_values = max(_values(streamed, names) for names in apart)
+        found = [streamed.experts(index) for index in range(len(layers))]
+        experts = max(each[1].count if each else 0 for each in found)
+        chosen = config.num_experts_per_tok if experts else 0
+        # What a token takes in all experts that it meets, one after the other.
+        width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        met = chosen * (width + config.hidden_size)
         return cls(
             layers=len(layers),
             layer_values=max(_values(streamed, names) for names in layers),
@@ -338,7 +362,7 @@ class _Sizes:
             largest_linear=max((p.out_features * p.in_features for p in quantized), default=0),
             widest_input=max((p.in_features for p in quantized), default=0),
             hidden=streamed.config.hidden_size,
-            intermediate=streamed.config.intermediate_size,
+            intermediate=max(config.intermediate_size, met),
             vocabulary=streamed.config.vocab_size,
             quantized_weights=_weights(quantized),
             quantized_bits=bits,
@@ -355,9 +379,10 @@ class _Sizes:
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
-            experts=max(
-                found[1].count if (found := streamed.experts(i)) else 0 for i in range(len(layers))
-            ),
+            experts=experts,
+            expert_values=expert_values,
+            expert_bytes=max(checkpoint.nbytes(names) for names in apart),
+            idle_values=expert_values - expert_values * chosen // max(1, experts),
             alternatives=len(options.more_bits),
             alternative_bytes=sum(
                 QuantSpec(bits, options.group_size).bits_per_weight / 8
@@ -380,6 +405,11 @@ class _Sizes:
         """The largest decoder layer's alternatives."""
         return round(self.alternative_bytes * self.layer_values)
 
+    @property
+    def packed_experts(self) -> int:
+        """Bytes of the experts of a decoder layer as the output holds them."""
+        return int(self.expert_values * self.quantized_bits / max(1, self.quantized_weights)) // 8
+
     def states_bytes(self, item: int) -> int:
         return self.rows * self.seqlen * self.hidden * item
 
@@ -393,12 +423,18 @@ class _Sizes:
         Embedding and head are dropped before the first layer comes; they are quantized in parts.
         """
         layer = self.layer_bytes + self.layer_values * item
+        if choices.experts_apart:  # those of the output stay packed
+            layer -= self.expert_bytes + self.expert_values * item
+            layer += 2 * self.packed_experts + 3 * self.largest_linear * item
         quantizer = 8 * 4 * self.largest_linear
         if self.learned_values:
             # The weights, what is trained with gradient and moments, and what a step keeps.
-            quantizer += LEARNED_COPIES * 4 * self.learned_values
+            learned = self.learned_values - self.expert_values * (not choices.trains_experts)
+            quantizer += LEARNED_COPIES * 4 * learned
             quantizer += 3 * self.activations(choices.micro_batch, item)
         hessian = 4 * 4 * self.widest_input**2 if self.hessians else 0
+        if self.hessians and self.experts:
+            hessian += min(self.experts * 4 * self.widest_input**2, max(HESSIANS, hessian // 4))
         outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
         outer += 8 * 4 * min(CHUNK, self.outer_packed)
         batch = 2 * self.activations(choices.batch_rows, item)
@@ -543,24 +579,61 @@ def _check(
             f"  {remedy}, or keep those linears in 16 bits with "
             f"--skip {ragged[0].name.rpartition('.')[2]}"
         )
-    if options.adapter == "lora":
-        least = min((min(p.out_features, p.in_features) for p in quantized), default=options.rank)
-        if options.rank > least:
-            raise OptionError(
-                f"--rank {options.rank}: --adapter lora allows at most {least} here, the least "
-                "width of a quantized linear\n  use a smaller --rank"
-            )
     if rows - validation < 1:
         raise OptionError(
             f"--val-ratio {options.val_ratio}: {validation} of {rows} rows leave none to train on"
         )
 
 
+def _check_adapted(
+    options: ConvertOptions, quantized: tuple[LinearPlan, ...], adapted: tuple[LinearPlan, ...]
+) -> None:
+    """Raises OptionError for adapter targets that name nothing, or what cannot be adapted."""
+    if not options.trains_adapters:
+        return
+    names = [p.name for p in quantized]
+    unused = [
+        target
+        for target in options.adapter_targets
+        if target not in TARGETS and not any(is_target(target, name) for name in names)
+    ]
+    if names and (unused or not adapted):
+        raise OptionError(
+            f"--adapter-targets {', '.join(unused or options.adapter_targets)}: matches no "
+            f"quantized linear\n  expected {', '.join(TARGETS)}, or a pattern; names look like "
+            f"{names[0]}"
+        )
+    if options.adapter_init != "zero" and any(EXPERTS in p.name for p in adapted):
+        raise OptionError(
+            f"--adapter-init {options.adapter_init}: adapters of experts start from zero\n"
+            "  use --adapter-init zero, or other --adapter-targets"
+        )
+    if options.adapter == "lora":
+        least = min((min(p.out_features, p.in_features) for p in adapted), default=options.rank)
+        if options.rank > least:
+            raise OptionError(
+                f"--rank {options.rank}: --adapter lora allows at most {least} here, the least "
+                "width of an adapted linear\n  use a smaller --rank"
+            )
+
+
+def _expert_notes(options: ConvertOptions, choices: Choices, experts: int) -> tuple[str, ...]:
+    notes = []
+    if choices.experts_apart:
+        notes.append(f"the {experts} experts of a layer come one by one: together they do not fit")
+    if not choices.trains_experts:
+        notes.append(
+            f"experts are quantized by least squares of their outputs: {options.quantizer} of a "
+            "whole layer does not fit the memory, and trains the rest of it"
+        )
+    return tuple(notes)
+
+
 def _notes(
-    options: ConvertOptions, quantized: tuple[LinearPlan, ...], beside: int
+    options: ConvertOptions, adapted: tuple[LinearPlan, ...], beside: int
 ) -> tuple[str, ...]:
     notes = []
-    groups = [p.in_features // options.group_size for p in quantized]
+    groups = [p.in_features // options.group_size for p in adapted]
     if (
         options.trains_adapters
         and options.adapter == "pooled"
@@ -599,12 +672,19 @@ def _choose(
     micros = [m for m in range(options.batch_size, 0, -1) if options.batch_size % m == 0]
     rate = options.learning_rate or learning_rate(hidden)
     scales_rate = options.scales_learning_rate or scales_learning_rate(hidden)
-    batch_rows = max(1, STREAM_TOKENS // seqlen)
-    tries = [
-        Choices(dtype, str(machine.device), tier, batch_rows, micro, rate, scales_rate, seqlen)
-        for tier in tiers
-        for micro in micros
-    ]
+    apart = sizes.expert_values * item > _expert_memory(options, free)
+    if apart and options.avg_bits is not None:
+        raise OptionError(
+            "--avg-bits: the experts of a layer do not fit the memory together, and each would be "
+            "tried in it at other bits\n  leave out --avg-bits, or allow more --expert-memory"
+        )
+    batch_rows = max(1, STREAM_TOKENS * (APART_TOKENS if apart else 1) // seqlen)
+    plain = Choices(dtype, str(machine.device), tiers[0], batch_rows, micros[-1], rate, scales_rate,
+                    seqlen, experts_apart=apart)  # fmt: skip
+    if sizes.experts and options.quantizer in LAYER_QUANTIZERS:
+        trains = not apart and sizes.stream_bytes(item, plain) + FIXED <= 0.8 * free
+        plain = replace(plain, trains_experts=trains)
+    tries = [replace(plain, student=t, micro_batch=m) for t in tiers for m in micros]
     # A packed student dequantizes anew for every micro-batch; a dense one with small micro-batches
     # is still faster, so the order of `tries` is that of speed.
     fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
@@ -613,6 +693,11 @@ def _choose(
         return chosen
     whole = replace(chosen, recompute=False)
     return whole if sizes.train_bytes(item, whole) + FIXED <= 0.4 * free else chosen
+
+
+def _expert_memory(options: ConvertOptions, free: int) -> int:
+    """Bytes that the experts of a layer may take together."""
+    return parse_size(options.expert_memory) if options.expert_memory else free // 2
 
 
 def _disks(
@@ -646,7 +731,8 @@ def _time(
     sizes: _Sizes, options: ConvertOptions, machine: Machine, validation: int, rows: int
 ) -> tuple[float, str]:
     """Matrix products, and what lies between them, each at the speed measured for it."""
-    weights, tokens = sizes.layers * sizes.layer_values, rows * sizes.seqlen
+    weights = sizes.layers * (sizes.layer_values - sizes.idle_values)
+    tokens = rows * sizes.seqlen
     passes = 2 + (2.5 if sizes.hessians else 0)  # teacher, student; partial ones for Hessians
     passes += sizes.gain_passes
     validations = options.steps // options.val_every + 2

@@ -26,7 +26,7 @@ from rilq.evaluation.lora import find_adapter
 from rilq.evaluation.perplexity import positions, scratch_folder
 from rilq.evaluation.readback import ExportedCheckpoint, LogitDifference, ReadBack
 from rilq.formats.export.kind import ExportOptions
-from rilq.formats.export.kinds import kind_of
+from rilq.formats.export.kinds import check_kind, kind_of
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
 from rilq.formats.hub_folder import local_folder
 from rilq.formats.verify import MANIFEST_NAME, read_manifest, write_manifest
@@ -101,7 +101,7 @@ def export(
     native = NativeCheckpoint.open(folder, report)
     load_config(native.checkpoint)  # refuses what could not be run for the comparison
     for name in outputs:
-        kind_of(name).check(native.form, options)
+        check_kind(name, native.form, options)
     done = {
         name: found
         for name, output in outputs.items()
@@ -138,7 +138,7 @@ def check_planned(job: Job, outputs: Mapping[str, Path], options: ExportOptions)
     )
     local = Path(job.options.model) if job.checkpoint.source.commit is None else None
     for name, output in outputs.items():
-        kind_of(name).check(form, options)
+        check_kind(name, form, options)
         if not (output / MANIFEST_NAME).is_file():
             check_output(output, source=local, work=job.options.work)
 

@@ -125,7 +125,7 @@ def _run_layer(
 ) -> None:
     """One decoder layer from file to file; it is in memory only meanwhile."""
     streamed, adapter = subject.streamed, subject.adapter
-    tensors = streamed.checkpoint.read(streamed.layer_names(index))
+    tensors = streamed.read_layer(index)
     with (
         streamed.loaded(index, tensors),
         adapter.applied(streamed, index) if adapter else nullcontext(),
