@@ -293,8 +293,8 @@ class _Conversion:
         quality = expert_quality(r.facts for r in self.work.stage("layers"))
         if few := quality.get("experts_without_data"):
             self.report.warn(
-                f"{len(few)} linears of experts saw too few tokens and were quantized without data: "
-                f"{listing(list(few))}\n  more rows (--nsamples) reach more experts"
+                f"{len(few)} linears of experts saw too few tokens, and were quantized without "
+                f"data: {listing(list(few))}\n  more rows (--nsamples) reach more experts"
             )
         return quality
 
