@@ -224,21 +224,22 @@ def fetched_when_run(experts: Experts, name: str, place: Callable[[str], None]) 
         name: full name of `experts`.
         place: puts the tensor of that full name into its module, on the device.
     """
-    fetched: dict[Expert, list[nn.Linear]] = {}
+    fetched: dict[nn.Module, list[nn.Module]] = {}
 
     def before(path: str) -> Callable[[nn.Module, object], None]:
         def hook(expert: nn.Module, _args: object) -> None:
-            assert isinstance(expert, Expert), "hooks are of experts"
             fetched[expert] = []
             for child, linear in expert.named_children():
-                if isinstance(linear, nn.Linear) and linear.weight.is_meta:
-                    place(f"{path}.{child}.weight")
+                tensors = linear.state_dict(keep_vars=True)
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    for leaf in tensors:
+                        place(f"{path}.{child}.{leaf}")
                     fetched[expert].append(linear)
 
         return hook
 
     def after(expert: nn.Module, _args: object, _output: object) -> None:
-        for linear in fetched.pop(expert, []):  # type: ignore[call-overload]
+        for linear in fetched.pop(expert, []):
             linear.to("meta")
 
     handles = []

@@ -6,6 +6,7 @@ transformers' own forward pass, so that nothing about an architecture is written
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -66,7 +67,15 @@ class StreamedModel:
         tied = _tied_names(self.model)
         found = self.checkpoint.tensors
         missing = [n for n in expected if n not in found and n not in tied]
-        extra = [n for n in found if n not in expected and not n.endswith(_DERIVED)]
+        # Layers of DeepSeek-V3 that guess further tokens; transformers does not know them either.
+        ignored = self.model._keys_to_ignore_on_load_unexpected or []
+        extra = [
+            n
+            for n in found
+            if n not in expected
+            and not n.endswith(_DERIVED)
+            and not any(re.search(pattern, n) for pattern in ignored)  # type: ignore[union-attr]
+        ]
         wrong = [n for n in expected if n in found and tuple(expected[n]) != found[n].shape]
         count = len(self.layers)
         label = self.checkpoint.source.label
@@ -129,6 +138,14 @@ class StreamedModel:
             if isinstance(module, Experts):
                 return f"{self.prefix}.{index}.{name}", module
         return None
+
+    def expert_bytes(self) -> int:
+        """What the experts of the largest layer take in memory together."""
+        sizes = [0]
+        for found in filter(None, map(self.experts, range(len(self.layers)))):
+            tensors = found[1].state_dict().values()
+            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        return max(sizes)
 
     # -- weights in and out ----------------------------------------------------------------------
 

@@ -36,6 +36,9 @@ from rilq.formats.shard import listing
 # and MLP and nowhere else on the residual stream, and the names below.
 ROTATABLE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
+# Those that have norms on the outputs of attention and MLP.
+_NORMS_AFTER = ("gemma2", "gemma3_text", "olmo2")
+
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
@@ -109,8 +112,7 @@ class RotatedCheckpoint(Checkpoint):
         label = f"{self.source.label}/config.json: --rotate"
         if model_type not in ROTATABLE:
             raise UnsupportedArchitectureError(
-                f"{label}: {SUPPORTED[model_type]} cannot be rotated: norms with a weight for each "
-                "channel stand between its linears and the residual stream\n"
+                f"{label}: {SUPPORTED[model_type]} cannot be rotated: {_obstacle(model_type)}\n"
                 "  leave out --rotate, which can be had for "
                 + ", ".join(SUPPORTED[name] for name in ROTATABLE)
             )
@@ -215,6 +217,15 @@ class RotatedCheckpoint(Checkpoint):
                 )  # [heads, hidden, head_dim]
                 turned = self._per_head.apply(blocks).transpose(1, 2).reshape(-1, width)
             out[start : start + step] = turned
+
+
+def _obstacle(model_type: str) -> str:
+    """Why an architecture is not among `ROTATABLE`."""
+    if model_type in _NORMS_AFTER:
+        return (
+            "norms with a weight for each channel stand between its linears and the residual stream"
+        )
+    return "it is a mixture of experts, which this does not know"
 
 
 def _module(name: str) -> str:

@@ -435,12 +435,13 @@ class StreamingPass:
     ) -> Iterator[tuple[str, QuantizedLinear]]:
         """Experts' linears that are not trained, by least squares: of outputs, or of weights."""
         for name in [n for n in specs if EXPERTS in n]:
-            group = InputGroup([name], tokens=squares[name].tokens)
-            enough = group.tokens >= least_tokens(quantizer.name, linears[name].in_features)
+            seen = squares[name].tokens
+            group = InputGroup([name], tokens=seen)
+            enough = seen >= least_tokens(quantizer.name, linears[name].in_features)
             if enough and self.options.trains_experts:
                 tokens.count(group, used=True)
                 continue
-            chosen = LsqQuantizer() if group.tokens >= FEW else DATA_FREE
+            chosen = LsqQuantizer() if seen >= FEW else DATA_FREE
             tokens.count(group, used=chosen is not DATA_FREE)
             weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
             with _named(name):

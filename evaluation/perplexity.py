@@ -123,6 +123,8 @@ def _open(
     # int32: the packed codes of a converted checkpoint.
     checkpoint = Checkpoint.open(source, report=report, dtypes=SOURCE_DTYPES | {torch.int32})
     streamed = StreamedModel(checkpoint, dtype=computing, device=machine.device)
+    free = machine.host_free if machine.device_free is None else machine.device_free
+    streamed.experts_apart = streamed.expert_bytes() > free // 2
     return Subject(streamed, find_adapter(streamed, report))
 
 

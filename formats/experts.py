@@ -116,7 +116,7 @@ def separate_experts(model: nn.Module) -> bool:
     Returns:
         Whether it is a mixture of experts.
     """
-    names = NAMES.get(model.config.model_type, ExpertNames())  # type: ignore[union-attr]
+    names = NAMES.get(str(model.config.model_type), ExpertNames())  # type: ignore[union-attr]
     fused = [path for path, module in model.named_modules() if _is_fused(module)]
     for path in fused:
         experts = Experts(model.get_submodule(path), names)

@@ -249,6 +249,23 @@ def test_gradients_through_frozen_experts_are_those_of_the_fused_model(
         torch.testing.assert_close(student.trained[name].grad, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_layers_that_guess_further_tokens_are_left_out(
+    tmp_path: Path, make_model: Callable[..., Path]
+) -> None:
+    """Published DeepSeek-V3 has one; transformers ignores it too."""
+    folder = make_model(tmp_path / "v3", "deepseek_v3", **MIXTURES["deepseek_v3"])
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.61.eh_proj.weight"] = torch.ones(64, 128)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = Checkpoint.open(LocalFolder(folder))
+    streamed = StreamedModel(checkpoint, dtype=torch.bfloat16, device=CPU)
+    read = {name for step in streamed.reading_steps() for name in step}
+    assert checkpoint.tensors.keys() - read == {"model.layers.61.eh_proj.weight"}
+    # Rounded to 16 bits, a router's bias would choose other experts.
+    bias = streamed.model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert bias.dtype == torch.float32
+
+
 def test_a_mixture_keeps_its_stored_names_and_its_code_its_own(mixtral: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
     assert separate_experts(model)
