@@ -68,13 +68,13 @@ class StreamedModel:
         found = self.checkpoint.tensors
         missing = [n for n in expected if n not in found and n not in tied]
         # Layers of DeepSeek-V3 that guess further tokens; transformers does not know them either.
-        ignored = self.model._keys_to_ignore_on_load_unexpected or []
+        ignored: Any = self.model._keys_to_ignore_on_load_unexpected or []
         extra = [
             n
             for n in found
             if n not in expected
             and not n.endswith(_DERIVED)
-            and not any(re.search(pattern, n) for pattern in ignored)  # type: ignore[union-attr]
+            and not any(re.search(pattern, n) for pattern in ignored)
         ]
         wrong = [n for n in expected if n in found and tuple(expected[n]) != found[n].shape]
         count = len(self.layers)

@@ -34,7 +34,7 @@ from rilq.converter.machine import measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
-from rilq.converter.rotation import RotatedCheckpoint
+from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions, validation_loss
@@ -49,6 +49,7 @@ from rilq.converter.workdir import (
 from rilq.converter.zero_point_cost import relative_errors, rounding_errors
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
@@ -111,9 +112,10 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     for size in filter(None, (options.max_shard_size, options.expert_memory)):
         parse_size(size)
     source = _open_source(options, report)
-    checkpoint = Checkpoint.open(source, report=report)
+    checkpoint = open_source_checkpoint(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
+        refuse_fp8(checkpoint)
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
     machine = measure_machine(options.device)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)

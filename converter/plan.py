@@ -257,7 +257,7 @@ def make_plan(
         time_basis=basis,
         notes=_notes(options, adapted, beside)
         + _expert_notes(options, choices, sizes.experts)
-        + _untied(streamed),
+        + (_untied(streamed) if options.rotate else ()),
     )
 
 
@@ -530,7 +530,7 @@ def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
 def _read_bytes(streamed: StreamedModel) -> int:
     layers = range(len(streamed.layers))
     needed = [*streamed.outer_names(), *(n for i in layers for n in streamed.layer_names(i))]
-    return streamed.checkpoint.nbytes(streamed.checkpoint.source_names(needed))
+    return streamed.checkpoint.source_bytes(needed)
 
 
 def _seqlen(options: ConvertOptions, most: int) -> int:
@@ -655,7 +655,7 @@ def _notes(
 def _untied(streamed: StreamedModel) -> tuple[str, ...]:
     """What a rotation adds to the output: a tied head takes up the final norm by itself."""
     outer, checkpoint = streamed.outer_names(), streamed.checkpoint
-    added = checkpoint.nbytes(outer) - checkpoint.nbytes(checkpoint.source_names(outer))
+    added = checkpoint.nbytes(outer) - checkpoint.source_bytes(outer)
     if added <= 0:
         return ()
     return (f"rotated: the head is no longer tied to the embedding: {gigabytes(added)} more",)

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from rilq.converter.architecture import SUPPORTED, load_config, tied_head_differs
 from rilq.converter.hadamard import random_rotation
-from rilq.errors import NonFiniteError, UnsupportedArchitectureError
+from rilq.errors import CheckpointError, NonFiniteError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.fp8 import BlockFp8Checkpoint
 from rilq.formats.shard import listing
 
 # model_type of the architectures that have what this module counts on: RMS norms before attention
@@ -217,6 +218,15 @@ class RotatedCheckpoint(Checkpoint):
                 )  # [heads, hidden, head_dim]
                 turned = self._per_head.apply(blocks).transpose(1, 2).reshape(-1, width)
             out[start : start + step] = turned
+
+
+def refuse_fp8(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a source whose weights are not read as they are stored."""
+    if isinstance(checkpoint, BlockFp8Checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.source.label}: --rotate: its weights are in FP8\n"
+            "  leave out --rotate, or give the checkpoint in 16 bits"
+        )
 
 
 def _obstacle(model_type: str) -> str:

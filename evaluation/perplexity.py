@@ -28,7 +28,8 @@ from rilq.errors import CheckpointError, OptionError, OutputError
 from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.forward import Subject, measure
 from rilq.evaluation.lora import find_adapter
-from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.checkpoint import SOURCE_DTYPES
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.native import RilqLinear
 from rilq.formats.spec import QuantSpec
@@ -121,7 +122,7 @@ def _open(
     computing = machine.dtype if dtype == "auto" else getattr(torch, dtype)
     source = open_source(model, revision=revision, report=report)
     # int32: the packed codes of a converted checkpoint.
-    checkpoint = Checkpoint.open(source, report=report, dtypes=SOURCE_DTYPES | {torch.int32})
+    checkpoint = open_source_checkpoint(source, report=report, dtypes=SOURCE_DTYPES | {torch.int32})
     streamed = StreamedModel(checkpoint, dtype=computing, device=machine.device)
     free = machine.host_free if machine.device_free is None else machine.device_free
     streamed.experts_apart = streamed.expert_bytes() > free // 2

@@ -123,7 +123,7 @@ class Checkpoint:
             digests[shard] = headers[shard].digest
         shard_of = locate_tensors(source, headers, weight_map, report)
         checkpoint = cls(source, config, headers, shard_of, digests, report)
-        checkpoint._check_dtypes(dtypes)
+        checkpoint.check_dtypes(dtypes)
         return checkpoint
 
     @property
@@ -143,6 +143,10 @@ class Checkpoint:
     def source_names(self, names: Iterable[str]) -> list[str]:
         """What `read` takes from the files to give some tensors: just those."""
         return self._known(names)
+
+    def source_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of the files that `read` takes to give some tensors."""
+        return self.nbytes(self.source_names(names))
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
         """The shards that `read` opens to give some tensors, each once."""
@@ -229,7 +233,8 @@ class Checkpoint:
                 "zero; unless the model is meant to be so, download the file again"
             )
 
-    def _check_dtypes(self, dtypes: frozenset[torch.dtype]) -> None:
+    def check_dtypes(self, dtypes: frozenset[torch.dtype]) -> None:
+        """Raises CheckpointError for weights that are stored in none of them."""
         wrong = [
             f"{name} ({CODE_OF[info.dtype]} in {self.shard_of[name]})"
             for name, info in self.tensors.items()
