@@ -589,7 +589,7 @@ def check_source(checkpoint: Checkpoint, work: WorkDir) -> None:
     for record in work.records:
         read |= record.facts.get("source", {})
     for shard in touched:
-        names = [n for n in checkpoint.tensors if checkpoint.shard_of[n] == shard]
+        names = [n for n in checkpoint.tensors if shard in checkpoint.shards_of([n])]
         for name in names:
             expected = read.get(name)
             if expected is None:

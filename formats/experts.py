@@ -7,6 +7,7 @@ quantized, packed, adapted, read and written like any other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,9 @@ class Experts(nn.Module):
         count, hidden, width = fused.get_parameter("down_proj").shape
         dtype = fused.get_parameter("down_proj").dtype
         self.count = count
-        for number in range(count):
-            self.add_module(str(number), Expert(hidden, width, names, fused.act_fn, dtype))
+        first = Expert(hidden, width, names, fused.act_fn, dtype)
+        for number in range(count):  # copied: to set up thousands of linears takes a minute
+            self.add_module(str(number), copy.deepcopy(first))
 
     def expert(self, number: int) -> Expert:
         """One of them."""

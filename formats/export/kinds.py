@@ -8,7 +8,6 @@ from rilq.errors import InputError, OptionError
 from rilq.formats.export import compressed_tensors, dense, gguf, gptq, metal, mlx, vllm
 from rilq.formats.export.kind import ExportKind, ExportOptions
 from rilq.formats.export.source import NativeForm
-from rilq.formats.spec import EXPERTS
 
 KINDS: Mapping[str, ExportKind] = {
     "dense": dense,
@@ -39,7 +38,7 @@ def check_kind(name: str, form: NativeForm, options: ExportOptions) -> None:
         InputError: the message names the remedy.
     """
     kind = kind_of(name)
-    if kind is not dense and any(EXPERTS in linear for linear in (*form.linears, *form.kept)):
+    if kind is not dense and form.is_mixture:
         raise OptionError(
             f"{form.label}: is a mixture of experts, which --to {name} cannot write yet\n"
             "  export --to dense, which any program reads"

@@ -146,21 +146,15 @@ def test_a_killed_conversion_of_a_mixture_continues_to_the_same_bytes(
 
 
 def test_adapters_are_where_they_are_asked_for(tmp_path: Path, sources: Any, quickly: Any) -> None:
-    places = {
-        None: {"self_attn", "shared_expert"},
-        "experts": {"experts"},
-    }
-    for target, expected in places.items():
-        out = tmp_path / str(target)
-        more = ("--adapter-targets", target) if target else ()
-        ended = quickly(
-            *(sources("qwen2_moe"), out, "--quantizer", "rtn", "--adapter", "lora", "--rank", 4),
-            *("--steps", 2, "--val-every", 2, *more),
-        )
-        assert ended.code == 0, ended.err
-        names = load_file(out / "adapter" / "adapter_model.safetensors")
-        assert {part for n in names for part in n.split(".") if part in
-                ("self_attn", "shared_expert", "experts")} == expected  # fmt: skip
+    out = tmp_path / "out"
+    ended = quickly(
+        *(sources("qwen2_moe"), out, "--quantizer", "rtn", "--adapter", "lora", "--rank", 4),
+        *("--steps", 1, "--val-every", 1),
+    )
+    assert ended.code == 0, ended.err
+    names = load_file(out / "adapter" / "adapter_model.safetensors")
+    parts = {part for name in names for part in name.split(".")}
+    assert {"self_attn", "shared_expert"} <= parts and "experts" not in parts
     ended = quickly(sources("qwen2_moe"), tmp_path / "x", "--adapter-targets", "nothing")
     assert ended.code == 2 and "--adapter-targets nothing: matches no" in ended.err
 
@@ -178,8 +172,35 @@ def test_a_mixture_is_exported_dense_and_refused_elsewhere(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
         for folder in (out, dense)
     ]
-    torch.testing.assert_close(*logits, rtol=0, atol=2e-2)
+    # In the mean: rounding lets the router choose another expert for a token here and there.
+    assert (logits[0] - logits[1]).abs().mean() < 1e-2 * logits[0].std()
     for kind in ("mlx", "metal", "vllm", "gguf", "gptq", "compressed-tensors"):
         ended = export(out, tmp_path / kind, kind)
         assert ended.code == 2, ended.err
         assert "mixture of experts" in ended.err and "--to dense" in ended.err
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
+def test_an_adapter_of_experts_is_what_stock_peft_loads(
+    tmp_path: Path, sources: Any, quickly: Any, export: Any
+) -> None:
+    """The dense export has the adapter merged in."""
+    from peft import PeftModel
+
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    ended = quickly(
+        *(sources("qwen2_moe"), out, "--quantizer", "rtn", "--adapter", "lora", "--rank", 4),
+        *("--adapter-targets", "all", "--loss", "mse+ce", "--steps", 20, "--val-every", 5),
+    )
+    assert ended.code == 0, ended.err
+    assert json.loads((out / "rilq.json").read_text())["quality"]["best_step"] > 0
+    names = load_file(out / "adapter" / "adapter_model.safetensors")
+    parts = {part for name in names for part in name.split(".")}
+    assert {"self_attn", "shared_expert", "experts"} <= parts
+    assert export(out, dense, "dense").code == 0
+    tokens = torch.arange(40, 72)[None]
+    base = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    plain = base(tokens).logits
+    adapted = PeftModel.from_pretrained(base, out / "adapter")(tokens).logits
+    merged = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
+    assert (adapted - merged).abs().mean() < 0.1 * (plain - merged).abs().mean()
