@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,10 +102,17 @@ class StreamedModel:
 
     def layer_names(self, index: int) -> list[str]:
         """Checkpoint names of decoder layer `index`, as stored."""
-        start = f"{self.prefix}.{index}."
-        return [
-            n for n in self.checkpoint.tensors if n.startswith(start) and not n.endswith(_DERIVED)
-        ]
+        return list(self._names_by_layer.get(str(index), []))
+
+    @cached_property
+    def _names_by_layer(self) -> dict[str, list[str]]:
+        """Of all decoder layers, by number; a mixture has a hundred thousand."""
+        found: dict[str, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            if name.startswith(f"{self.prefix}.") and not name.endswith(_DERIVED):
+                index = name.removeprefix(f"{self.prefix}.").partition(".")[0]
+                found.setdefault(index, []).append(name)
+        return found
 
     def outer_names(self) -> list[str]:
         """Checkpoint names of everything outside the decoder layers (a tied head is left out)."""

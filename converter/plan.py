@@ -52,7 +52,7 @@ STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any 
 SEARCH_BYTES = 100 * 9 * 8
 # A rotated weight is read and written in float64 by some five passes, and converted twice.
 ROTATE_BYTES = 100
-APART_TOKENS = 16  # times as many, where each expert is read again for every batch
+APART_TIMES = 16  # as many where experts come one by one
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
@@ -282,7 +282,7 @@ def check_fits(plan: Plan) -> None:
             raise OptionError(
                 f"{what}: {gigabytes(needed)} needed, {gigabytes(free)} free\n"
                 "  lower --seqlen or --batch-size, use --student packed, or train less "
-                "(--train scales, or --rank 0)"
+                "(--train adapters or scales, or --rank 0)"
             )
 
 
@@ -302,7 +302,8 @@ class _Sizes:
     largest_linear: int
     widest_input: int
     hidden: int
-    intermediate: int
+    intermediate: int  # of all experts that a token meets, with what they read
+    widest_inner: int  # of one of them
     vocabulary: int
     quantized_weights: int
     quantized_bits: int
@@ -363,6 +364,7 @@ class _Sizes:
             widest_input=max((p.in_features for p in quantized), default=0),
             hidden=streamed.config.hidden_size,
             intermediate=max(config.intermediate_size, met),
+            widest_inner=max(config.intermediate_size, width),
             vocabulary=streamed.config.vocab_size,
             quantized_weights=_weights(quantized),
             quantized_bits=bits,
@@ -437,7 +439,9 @@ class _Sizes:
             hessian += min(self.experts * 4 * self.widest_input**2, max(HESSIANS, hessian // 4))
         outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
         outer += 8 * 4 * min(CHUNK, self.outer_packed)
-        batch = 2 * self.activations(choices.batch_rows, item)
+        # Without gradients nothing is kept of an expert once the next one runs.
+        tokens = choices.batch_rows * self.seqlen
+        batch = 2 * tokens * (10 * self.hidden + 4 * self.widest_inner) * item
         return max(outer, layer + self.layer_alternatives + quantizer + hessian + batch)
 
     def train_bytes(self, item: int, choices: Choices) -> int:
@@ -678,7 +682,9 @@ def _choose(
             "--avg-bits: the experts of a layer do not fit the memory together, and each would be "
             "tried in it at other bits\n  leave out --avg-bits, or allow more --expert-memory"
         )
-    batch_rows = max(1, STREAM_TOKENS * (APART_TOKENS if apart else 1) // seqlen)
+    batch_rows = max(1, STREAM_TOKENS // seqlen)
+    if apart:  # each expert is read again for every batch
+        batch_rows = min(sizes.rows, APART_TIMES * batch_rows)
     plain = Choices(dtype, str(machine.device), tiers[0], batch_rows, micros[-1], rate, scales_rate,
                     seqlen, experts_apart=apart)  # fmt: skip
     if sizes.experts and options.quantizer in LAYER_QUANTIZERS:

@@ -1,7 +1,6 @@
 """Experts: each by its own tokens, one at a time in memory, gradients through frozen ones."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from rilq.converter import experts as experts_module
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.experts import DATA_FREE, InputGroup, expert_groups, quantizer_for
 from rilq.converter.layers import StreamedModel, module_inputs
-from rilq.converter.options import is_router, is_target
+from rilq.converter.options import ConvertOptions, is_router, is_target
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.student import AdaptedLinear, Student
 from rilq.formats.checkpoint import Checkpoint
@@ -287,4 +286,5 @@ def test_targets_of_adapters_part_the_linears() -> None:
     for name, kind in kinds.items():
         assert [t for t in ("attention", "mlp", "experts") if is_target(t, name)] == [kind]
         assert is_target("all", name) and not is_router(name)
-    assert partial(is_target, "up_proj")("model.layers.0.mlp.experts.3.up_proj")
+    assert is_target("up_proj", "model.layers.0.mlp.experts.3.up_proj")
+    assert ConvertOptions("x").adapter_targets == ("attention", "mlp")
