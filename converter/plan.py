@@ -245,7 +245,7 @@ def make_plan(
         validation_rows=validation,
         choices=choices,
         read_bytes=_read_bytes(streamed),
-        host_bytes=peak if on_cpu else sizes.host_bytes + rotating + FIXED,
+        host_bytes=peak if on_cpu else sizes.host_bytes(choices) + rotating + FIXED,
         device_bytes=None if on_cpu else peak,
         host_free=machine.host_free,
         device_free=machine.device_free,
@@ -396,11 +396,13 @@ class _Sizes:
             * bool(options.more_bits),
         )
 
-    @property
-    def host_bytes(self) -> int:
+    def host_bytes(self, choices: Choices) -> int:
         """Beside a GPU: layers as stored, the one that comes next among them, and what is outer."""
         outer = self.outer_bytes + self.outer_packed_bytes
-        return self.layer_bytes * 3 + outer + self.layer_alternatives
+        layer = self.layer_bytes
+        if choices.experts_apart:  # one expert at a time, and what it became
+            layer += self.packed_experts - self.expert_bytes
+        return layer * 3 + outer + self.layer_alternatives
 
     @property
     def layer_alternatives(self) -> int:

@@ -124,9 +124,11 @@ def _open(
     # int32: the packed codes of a converted checkpoint.
     checkpoint = open_source_checkpoint(source, report=report, dtypes=SOURCE_DTYPES | {torch.int32})
     streamed = StreamedModel(checkpoint, dtype=computing, device=machine.device)
+    adapter = find_adapter(streamed, report)
     free = machine.host_free if machine.device_free is None else machine.device_free
-    streamed.experts_apart = streamed.expert_bytes() > free // 2
-    return Subject(streamed, find_adapter(streamed, report))
+    # An adapter is put in the place of linears, and so needs all of them there.
+    streamed.experts_apart = adapter is None and streamed.expert_bytes() > free // 2
+    return Subject(streamed, adapter)
 
 
 def _check_together(subjects: list[Subject], seqlen: int | None) -> int:
