@@ -318,7 +318,11 @@ class RilqHfQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Leave experts apart and under their stored names, where transformers would fuse them."""
-        return [each for each in weight_conversions if not turns_into_fused(each.source_patterns)]
+        return [
+            each
+            for each in weight_conversions
+            if not turns_into_fused(getattr(each, "source_patterns", ()))
+        ]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Turn transformers' mere report of missing tensors into an error.

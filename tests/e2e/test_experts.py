@@ -68,6 +68,10 @@ def test_experts_are_packed_and_run_as_the_evaluation_runs_them(
     assert not isinstance(model.get_submodule("model.layers.1.mlp.gate"), RilqLinear)
     tokens = torch.arange(40, 72)[None]
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 35)
+    model.save_pretrained(tmp_path / "again")
+    before, again = stored(out), stored(tmp_path / "again")
+    assert before.keys() == again.keys()
+    assert all(torch.equal(before[name], again[name]) for name in before)
     ended = run_cli("eval", out, "--text", calib, "--seqlen", 32, "--json", "--device", "cpu")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
