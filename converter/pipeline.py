@@ -253,6 +253,8 @@ class _Conversion:
             "learning_rate": self.choices.learning_rate,
             "scales_learning_rate": self.choices.scales_learning_rate,
         }
+        if self.plan.experts:  # as the memory allowed
+            recipe["trains_experts"] = self.choices.trains_experts
         quantization = self.plan.quantization(recipe, self.options.bits, self.options.group_size)
         trained: dict[str, Tensor] = {}
         if training:
