@@ -204,7 +204,7 @@ def _options(model: str | Path | ConvertOptions, given: Mapping[str, Any]) -> Co
         return model
     chosen = {name: value for name, value in given.items() if value is not None}
     recipe = chosen.pop("recipe", "default")
-    for name in ("dataset", "skip"):
+    for name in ("dataset", "skip", "adapter_targets"):
         if name in chosen:
             value = chosen[name]
             several = [value] if isinstance(value, str | Path) else value

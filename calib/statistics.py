@@ -51,10 +51,14 @@ class HessianSum:
 
 
 class SquareSum:
-    """Mean squares of each input channel over any number of batches: a Hessian's diagonal."""
+    """Mean squares of each input channel over any number of batches: a Hessian's diagonal.
+
+    Attributes:
+        tokens: input vectors added so far.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._tokens = 0
+        self.tokens = 0
         self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
 
     @torch.no_grad()
@@ -62,8 +66,8 @@ class SquareSum:
         """Add the inputs of one batch, `[..., in_features]`, any float dtype."""
         rows = x.reshape(-1, x.shape[-1])
         self._sum += rows.to(self._sum.device, torch.float32).square().sum(0)
-        self._tokens += len(rows)
+        self.tokens += len(rows)
 
     def value(self) -> Tensor:
         """The mean of `x^2` over the tokens, `[in_features]` float32; zero before any."""
-        return self._sum / max(self._tokens, 1)
+        return self._sum / max(self.tokens, 1)

@@ -150,6 +150,14 @@ def convert_options(
         str | None,
         option(TRAIN, "pooled: merged; lora: the paper's, kept beside the base. (default: pooled)"),
     ] = None,
+    adapter_targets: Annotated[
+        list[str] | None,
+        option(
+            TRAIN,
+            "Linears that get an adapter: attention, mlp, experts, all, or patterns; repeatable. "
+            "(default: attention and mlp)",
+        ),
+    ] = None,
     adapter_init: Annotated[
         str | None,
         option(
@@ -238,6 +246,14 @@ def convert_options(
     max_disk: Annotated[
         str | None, option(MACHINE, "As --evict, and no more than this, such as 20GB.")
     ] = None,
+    expert_memory: Annotated[
+        str | None,
+        option(
+            MACHINE,
+            "The most that the experts of a layer may take together, such as 8GB; above it they "
+            "come one by one. (default: half of what is free)",
+        ),
+    ] = None,
     max_shard_size: Annotated[str, option(OUT, "Such as 5GB or 500MiB.")] = "5GB",
     output_dir: Annotated[
         Path | None,
@@ -277,6 +293,7 @@ def convert_options(
         rank=rank,
         alpha=alpha,
         adapter=adapter,
+        adapter_targets=tuple(adapter_targets) if adapter_targets else None,
         adapter_init=adapter_init,
         keep_adapter=keep_adapter,
         train=train,
@@ -296,6 +313,7 @@ def convert_options(
         device_memory=device_memory,
         evict=evict,
         max_disk=max_disk,
+        expert_memory=expert_memory,
         max_shard_size=max_shard_size,
         output_dir=output_dir,
         work_dir=work_dir,

@@ -40,7 +40,7 @@ from rilq.converter.stream import StreamingPass, StreamOptions
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions
 from rilq.converter.workdir import WorkDir, open_workdir
-from rilq.errors import OptionError, OutputError, RilqError
+from rilq.errors import OptionError, OutputError, RilqError, UnsupportedArchitectureError
 from rilq.evaluation.forward import Subject, mean_loss
 from rilq.evaluation.gap import gap_closed
 from rilq.formats.durable import write_bytes
@@ -299,6 +299,10 @@ def held_out_figures(
 
 def _check(job: Job, options: AnalyzeOptions) -> None:
     """Raises OptionError or OutputError for what would go wrong late."""
+    if job.plan.experts:
+        raise UnsupportedArchitectureError(
+            f"{job.plan.model}: is a mixture of experts, of which rilq analyze knows nothing yet"
+        )
     groups = min((p.in_features // options.group_size for p in job.plan.quantized), default=0)
     if options.adapter == "pooled" and max(options.ranks) > groups:
         raise OptionError(

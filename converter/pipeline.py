@@ -25,6 +25,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec, plain_adapters
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.bit_choice import average_bits, choose_bits
+from rilq.converter.experts import expert_quality
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
@@ -34,7 +35,7 @@ from rilq.converter.machine import measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
-from rilq.converter.rotation import RotatedCheckpoint
+from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Progress, Trainer, TrainOptions, validation_losses
@@ -49,10 +50,12 @@ from rilq.converter.workdir import (
 from rilq.converter.zero_point_cost import relative_errors, rounding_errors
 from rilq.errors import WorkDirError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
+from rilq.formats.shard import listing
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.source import Source
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
@@ -107,13 +110,14 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     Raises:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
-    parse_size(options.max_shard_size)
-    if options.device_memory is not None:
-        parse_size(options.device_memory)
+    for size in (options.max_shard_size, options.device_memory, options.expert_memory):
+        if size is not None:
+            parse_size(size)
     source = _open_source(options, report)
-    checkpoint = Checkpoint.open(source, report=report)
+    checkpoint = open_source_checkpoint(source, report=report)
     refuse_quantized(checkpoint)
     if options.rotate:
+        refuse_fp8(checkpoint)
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
     machine = measure_machine(options.device, limit=options.device_memory)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -175,10 +179,15 @@ class _Conversion:
         self.bits: dict[str, int] = {}  # of linears that get more than the base's
         saved = {k: v for k, v in work.job["choices"].items() if k != "files"}
         self.choices = Choices(**saved)
+        job.streamed.experts_apart = self.choices.experts_apart
         self.layers = len(job.streamed.layers)
         self.adapter_spec = (
             AdapterSpec(
-                self.options.adapter, self.options.rank, self.options.alpha, self.options.seed
+                self.options.adapter,
+                self.options.rank,
+                self.options.alpha,
+                self.options.seed,
+                self.options.adapter_targets,
             )
             if self.options.trains_adapters
             else None
@@ -213,6 +222,7 @@ class _Conversion:
                 target=self.options.target,
                 outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
                 initial=self._initial(),
+                trains_experts=self.choices.trains_experts,
                 more_bits=self.options.more_bits,
                 after_layer=partial(
                     rounding_errors,
@@ -230,7 +240,8 @@ class _Conversion:
         quality: dict[str, Any] = {
             "layer_errors": [
                 r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
-            ]
+            ],
+            **self._expert_quality(),
         }
         if self.options.keep_adapter:
             quality["rounding_error"] = self._zero_point_cost()
@@ -244,6 +255,8 @@ class _Conversion:
             "learning_rate": self.choices.learning_rate,
             "scales_learning_rate": self.choices.scales_learning_rate,
         }
+        if self.plan.experts:  # as the memory allowed
+            recipe["trains_experts"] = self.choices.trains_experts
         quantization = self.plan.quantization(recipe, self.options.bits, self.options.group_size)
         trained: dict[str, Tensor] = {}
         if training:
@@ -282,6 +295,16 @@ class _Conversion:
             f"{len(facts['chosen'])} of {len(self.plan.quantized)} linears"
         )
         return facts
+
+    def _expert_quality(self) -> dict[str, Any]:
+        """Tokens of the experts, and those that saw too few; both also said."""
+        quality = expert_quality(r.facts for r in self.work.stage("layers"))
+        if few := quality.get("experts_without_data"):
+            self.report.warn(
+                f"{len(few)} linears of experts saw too few tokens, and were quantized without "
+                f"data: {listing(list(few))}\n  more rows (--nsamples) reach more experts"
+            )
+        return quality
 
     def _zero_point_cost(self) -> dict[str, float]:
         errors = relative_errors(record.facts for record in self.work.stage("layers"))

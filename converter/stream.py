@@ -22,10 +22,19 @@ from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
 from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
+from rilq.converter.experts import (
+    DATA_FREE,
+    FEW,
+    ExpertTokens,
+    InputGroup,
+    expert_groups,
+    least_tokens,
+    quantizer_for,
+)
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
 from rilq.converter.layer_reader import LayerReader, reading_ahead
-from rilq.converter.layers import StreamedModel, input_groups, linear_input
+from rilq.converter.layers import StreamedModel, input_groups, linear_input, module_inputs
 from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.options import Target
 from rilq.converter.outer import (
@@ -44,7 +53,7 @@ from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
 from rilq.formats.packing import dequantize_packed
 from rilq.formats.shard_writer import write_tensors
-from rilq.formats.spec import QuantSpec
+from rilq.formats.spec import EXPERTS, QuantizedLinear, QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
@@ -66,6 +75,7 @@ class StreamOptions:
         outer: embedding and head by module name, where they are quantized.
         initial: what adapters start from, to be found with the codes; None for what needs no data.
             The student's states are then those of the layers with their adapters.
+        trains_experts: experts are among what a quantizer that trains a layer trains.
         more_bits: each linear is also quantized to these, and what that gains is measured.
         after_layer: told of every layer while it is still loaded; what it returns is kept with
             the layer's facts.
@@ -81,6 +91,7 @@ class StreamOptions:
     target: Target = "post-norm"
     outer: Mapping[str, QuantSpec] = field(default_factory=dict)
     initial: InitialAdapters | None = None
+    trains_experts: bool = True
     more_bits: tuple[int, ...] = ()
     after_layer: Callable[[StreamedLayer], Mapping[str, Any] | None] | None = None
 
@@ -96,7 +107,7 @@ class StreamedLayer:
     """
 
     index: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     saved: dict[str, Tensor]
     inputs: ActivationStore
     wanted: ActivationStore
@@ -132,15 +143,16 @@ class StreamingPass:
         done = len(self.work.stage("layers"))
         outer = len(self.work.stage("outer"))
         steps = self.streamed.reading_steps()
+        at_once = [self.streamed.names_at_once(n) for n in range(len(self.streamed.layers))]
         with reading_ahead(
             self.checkpoint,
             steps[outer + max(0, done - 1) :],
-            budget=max(map(self.checkpoint.nbytes, steps[1:])),
+            budget=max(map(self.checkpoint.nbytes, at_once)),
             pinned=self._on_gpu,
         ) as reader:
             self._outer(reader.advance)
             if done < len(steps) + targets:
-                reader.start(steps[1 + max(0, done - 1) :])
+                reader.start(at_once[max(0, done - 1) :])
                 self._layers(done, reader)
         if targets and done < len(steps) + targets:
             self._recovering(self._targets)
@@ -170,7 +182,9 @@ class StreamingPass:
         self.streamed.drop_embeddings()
         self.report.step(done - 1)
         for index in range(done - 1, count):
-            error = self._recovering(partial(self._layer, index, reader.take()))
+            error = self._recovering(
+                partial(self._layer, index, self.streamed.layer_tensors(index, reader.take()))
+            )
             reader.advance()
             self.report.step(index + 1, error=round(error, 4))
 
@@ -225,7 +239,7 @@ class StreamingPass:
         """Whether the embedding is quantized; else the student starts from the teacher's file."""
         return embedding_name(self.streamed) in self.options.outer
 
-    def _layer(self, index: int, tensors: dict[str, Tensor]) -> float:
+    def _layer(self, index: int, tensors: Mapping[str, Tensor]) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
         teacher = self._store(self._states("teacher", index))
         apart = bool(index) or self._student_embeds
@@ -235,7 +249,8 @@ class StreamingPass:
             digest = self._propagate(index, teacher, next_teacher)
             wanted = self._store(next_teacher)
             others = Alternatives(self.options.more_bits)
-            saved, adapters = self._quantize(index, tensors, student, wanted, others)
+            tokens = ExpertTokens()
+            saved, adapters = self._quantize(index, tensors, student, wanted, others, tokens)
             path = self.work.file(f"layer-{index:04d}.safetensors")
             write_tensors(path, saved)
             paths = [path]
@@ -258,7 +273,13 @@ class StreamingPass:
         self.work.commit(
             "layers",
             f"layer {index}",
-            {"error": error, "source": self._source_hashes(tensors), **gains, **(found or {})},
+            {
+                "error": error,
+                "source": self._source_hashes(tensors),
+                **gains,
+                **tokens.facts(),
+                **(found or {}),
+            },
             files={each: file_hash(each) for each in [*paths, *more.values()]},
             passing={next_teacher: digest, next_student: student_digest},
         )
@@ -267,10 +288,11 @@ class StreamingPass:
     def _quantize(
         self,
         index: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         student: ActivationStore,
         wanted: ActivationStore,
         others: Alternatives,
+        tokens: ExpertTokens,
     ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """Quantize a loaded layer's linears, and add their alternatives to `others`.
 
@@ -279,55 +301,58 @@ class StreamingPass:
             found here.
         """
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
-        kept = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in specs}
+        kept = {n: tensors[n] for n in tensors if n.removesuffix(".weight") not in specs}
         if not specs:
             return kept, {}
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerQuantizer):
-            saved = self._train_layer(quantizer, index, tensors, specs, student, wanted, others)
+            saved = self._train_layer(
+                quantizer, index, tensors, specs, student, wanted, others, tokens
+            )
             return kept | saved, {}
-        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student, others)
+        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student, others, tokens)
         return kept | saved, adapters
 
     def _by_groups(
         self,
         quantizer: Quantizer,
         index: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         specs: dict[str, QuantSpec],
         student: ActivationStore,
         others: Alternatives,
+        tokens: ExpertTokens,
     ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """One weight after the other, those that share an input together.
 
         They are taken in the order in which they run, so that each sees what the quantized ones
-        before it produce.
+        before it produce; experts after all others.
         """
         linears = {n: m for n, m in self.streamed.linears(index).items() if n in specs}
         initial = self.options.initial
         adapters: dict[str, Adapter] = {}
-        probe = student.read(0, 1).to(self.streamed.device)
         saved: dict[str, Tensor] = {}
-        for group in input_groups(self.streamed, index, linears, probe):
-            prepared = hessian = None
-            if quantizer.needs_hessian or (initial and initial.needs_hessian):
-                hessian = self._hessian(index, linears[group[0]], student)
-            if quantizer.needs_hessian:
+        for group in self._input_groups(index, linears, student, quantizer):
+            prepared = None
+            hessian, group.hessian = group.hessian, None
+            chosen = quantizer_for(quantizer, group, linears[group.names[0]].in_features)
+            tokens.count(group, used=chosen is quantizer)
+            if chosen.needs_hessian:
                 assert hessian is not None
-                kept = hessian.clone() if initial and initial.needs_hessian else None
-                with _named(group[0]):
-                    prepared = quantizer.prepare(hessian, partial(self._warn, group))
+                kept = hessian.clone() if self._starts_from_hessian(group) else None
+                with _named(group.names[0]):
+                    prepared = chosen.prepare(hessian, partial(self._warn, group.names))
                 hessian = kept  # of a wide linear it is the largest thing in memory
-            for name in group:
+            for name in group.names:
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
-                    if initial is None:
-                        quantized = quantizer.quantize(weight, specs[name], prepared)
+                    if initial is None or not initial.spec.adapts(name):
+                        quantized = chosen.quantize(weight, specs[name], prepared)
                     else:
                         quantized, adapters[name] = initial.quantize(
-                            name, weight, quantizer, specs[name], prepared, hessian
+                            name, weight, chosen, specs[name], prepared, hessian
                         )
-                    others.add(name, weight, specs[name], quantizer, prepared)
+                    others.add(name, weight, specs[name], chosen, prepared)
                 native = native_tensors(name, quantized)
                 started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
                 self._assign(linears[name], native | started, name, specs[name])
@@ -335,17 +360,64 @@ class StreamingPass:
             return_free_memory()
         return saved, adapters
 
+    def _starts_from_hessian(self, group: InputGroup) -> bool:
+        """Whether an adapter of some linear of a group does."""
+        initial = self.options.initial
+        if initial is None or not initial.needs_hessian:
+            return False
+        return any(map(initial.spec.adapts, group.names))
+
+    def _input_groups(
+        self,
+        index: int,
+        linears: dict[str, nn.Linear],
+        student: ActivationStore,
+        quantizer: Quantizer,
+    ) -> Iterator[InputGroup]:
+        """Linears of a loaded layer that read the same input, with what is needed to know of it.
+
+        Adapters of experts start from nothing, so only the quantizer may need their Hessians.
+        """
+        initial = self.options.initial
+        needed = quantizer.needs_hessian or (initial is not None and initial.needs_hessian)
+        plain = {name: module for name, module in linears.items() if EXPERTS not in name}
+        probe = student.read(0, 1).to(self.streamed.device)
+        for names in input_groups(self.streamed, index, plain, probe) if plain else []:
+            first = plain[names[0]]
+            yield InputGroup(names, self._hessian(index, first, student) if needed else None)
+        if (found := self.streamed.experts(index)) is not None:
+            yield from expert_groups(
+                *found,
+                linears.keys() - plain.keys(),
+                partial(self._expert_inputs, index, found[1], student),
+                hessians=quantizer.needs_hessian,
+                device=self.streamed.device,
+            )
+
+    def _expert_inputs(
+        self, index: int, experts: nn.Module, student: ActivationStore
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for _, batch in student.batches(self.options.batch_rows):
+            hidden = self._here(batch)
+            inputs, chosen, _ = module_inputs(self.streamed, index, experts, hidden)
+            yield inputs, chosen
+
     def _train_layer(
         self,
         quantizer: LayerQuantizer,
         index: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         specs: dict[str, QuantSpec],
         student: ActivationStore,
         wanted: ActivationStore,
         others: Alternatives,
+        tokens: ExpertTokens,
     ) -> dict[str, Tensor]:
-        """All linears together, on the layer's output; alternatives by least squares."""
+        """All linears together, on the layer's output; alternatives by least squares.
+
+        Experts that saw too few tokens for that, or all of them if they are not to be trained, are
+        quantized before, one by one.
+        """
         device, o = self.streamed.device, self.options
         order = row_order(o.train_rows, o.seed + index)
 
@@ -354,30 +426,62 @@ class StreamingPass:
             parts = [rows[i : i + o.micro_batch] for i in range(0, len(rows), o.micro_batch)]
             return [(student.gather(part), wanted.gather(part)) for part in parts]
 
-        weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in specs}
+        linears = self.streamed.linears(index)
         squares = self._squares(index, specs, student)
+        saved: dict[str, Tensor] = {}
+        fixed = self._quantize_experts(quantizer, linears, tensors, specs, squares, tokens)
+        for name, quantized in fixed:
+            native = native_tensors(name, quantized)
+            self._assign(linears[name], native, name, specs[name])
+            saved |= {n: t.cpu() for n, t in native.items()}
+        trained = {n: s for n, s in specs.items() if f"{n}.weight" not in saved}
+        if not trained:
+            return saved
+        weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in trained}
         layer = f"{self.streamed.prefix}.{index}"
         with (
             _named(layer),
             closing(prefetch(repeat(read))) as batches,
         ):
-            quantized = quantizer.quantize_layer(
+            result = quantizer.quantize_layer(
                 LayerTask(
                     weights,
-                    specs,
-                    squares,
+                    trained,
+                    {n: squares[n].value() for n in trained},
                     run=partial(self.streamed.run, index),
                     batches=([(self._here(x), self._here(y)) for x, y in b] for b in batches),
                     note=lambda text: self.report.note(f"{layer}: {text}"),
                 )
             )
-        for name, weight in weights.items():
-            others.add(name, weight, specs[name], LsqQuantizer(), squares[name])
-        return {
-            n: t.cpu()
-            for name, linear in quantized.items()
-            for n, t in native_tensors(name, linear).items()
-        }
+        for name, spec in specs.items() if o.more_bits else ():
+            weight = tensors[f"{name}.weight"].to(device, torch.float32)
+            others.add(name, weight, spec, LsqQuantizer(), squares[name].value())
+        for name, linear in result.items():
+            saved |= {n: t.cpu() for n, t in native_tensors(name, linear).items()}
+        return saved
+
+    def _quantize_experts(
+        self,
+        quantizer: LayerQuantizer,
+        linears: Mapping[str, nn.Linear],
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, QuantSpec],
+        squares: Mapping[str, SquareSum],
+        tokens: ExpertTokens,
+    ) -> Iterator[tuple[str, QuantizedLinear]]:
+        """Experts' linears that are not trained, by least squares: of outputs, or of weights."""
+        for name in [n for n in specs if EXPERTS in n]:
+            seen = squares[name].tokens
+            group = InputGroup([name], tokens=seen)
+            enough = seen >= least_tokens(quantizer.name, linears[name].in_features)
+            if enough and self.options.trains_experts:
+                tokens.count(group, used=True)
+                continue
+            chosen = LsqQuantizer() if seen >= FEW else DATA_FREE
+            tokens.count(group, used=chosen is not DATA_FREE)
+            weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
+            with _named(name):
+                yield name, chosen.quantize(weight, specs[name], squares[name].value())
 
     def _save_alternatives(self, index: int, others: Alternatives) -> dict[int, Path]:
         """Write a layer's linears at more bits; the files by bits."""
@@ -405,8 +509,8 @@ class StreamingPass:
 
     def _squares(
         self, index: int, names: Iterable[str], student: ActivationStore
-    ) -> dict[str, Tensor]:
-        """Mean squares `[in_features]` of the inputs of a loaded layer's linears, over all rows."""
+    ) -> dict[str, SquareSum]:
+        """Sums over the inputs of a loaded layer's linears, over all rows."""
         linears = self.streamed.linears(index)
         sums = {name: SquareSum(linears[name].in_features, self.streamed.device) for name in names}
         handles = [
@@ -419,7 +523,7 @@ class StreamingPass:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: each.value() for name, each in sums.items()}
+        return sums
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
@@ -440,12 +544,15 @@ class StreamingPass:
         self, module: nn.Linear, stored: dict[str, Tensor], name: str, spec: QuantSpec
     ) -> None:
         """Give a loaded linear the weight that its stored tensors stand for, adapter included."""
+        if EXPERTS in name and self.streamed.experts_apart:
+            self.streamed.pack_linear(name, stored, spec)
+            return
         words, scale, zero_point = (
             stored[f"{name}.{part}"].to(module.weight.device)
             for part in ("weight", "weight_scale", "zero_point")
         )
         weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
-        if self.options.initial is not None:
+        if self.options.initial is not None and f"{name}.a" in stored:
             a, b = stored[f"{name}.a"], stored[f"{name}.b"]
             weight = corrected(weight, a, b, self.options.initial.spec, spec.group_size)
         module.weight = nn.Parameter(weight, requires_grad=False)
@@ -525,7 +632,7 @@ def check_source(checkpoint: Checkpoint, work: WorkDir) -> None:
     for record in work.records:
         read |= record.facts.get("source", {})
     for shard in touched:
-        names = [n for n in checkpoint.tensors if checkpoint.shard_of[n] == shard]
+        names = [n for n in checkpoint.tensors if shard in checkpoint.shards_of([n])]
         for name in names:
             expected = read.get(name)
             if expected is None:

@@ -227,6 +227,9 @@ class Trainer:
             share = len(tokens) / self.options.batch_size
             (loss * share).backward()
             total += loss.item() * share
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # of an expert that no token chose: Adam counts one step
+                parameter.grad = torch.zeros_like(parameter)
         finite = total == total and abs(total) != float("inf")
         if finite:
             self.optimizer.step()

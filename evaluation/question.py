@@ -9,6 +9,7 @@ import torch
 
 from rilq.evaluation.rules import AGAINST_BASE
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.verify import MANIFEST_NAME
 from rilq.progress import Reporter
@@ -63,7 +64,7 @@ class Target:
 def open_target(name: str) -> Target:
     run = measured_run(name)
     # int32: the packed codes of a converted checkpoint.
-    checkpoint = Checkpoint.open(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
+    checkpoint = open_source_checkpoint(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
     return Target(name, checkpoint, run)
 
 

@@ -40,6 +40,10 @@ class Subject:
         recipe, calibration, versions, machine: likewise.
         bits_per_weight, size_bytes: as of `Evaluation`.
         quality: further figures of `rilq.json`, by name.
+        expert_tokens: of each layer with experts, the least, median and greatest number of tokens
+            that one of them saw.
+        experts_without_data: linears of experts that were quantized without data, with the tokens
+            that they saw.
         evaluations: the newest first, one for each text.
         losses: of its training; finite.
         layers: as they were quantized, with finite errors.
@@ -57,6 +61,8 @@ class Subject:
     bits_per_weight: float | None = None
     size_bytes: int | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
+    expert_tokens: tuple[tuple[float, ...], ...] = ()
+    experts_without_data: Mapping[str, int] = field(default_factory=dict)
     evaluations: tuple[Evaluation, ...] = ()
     losses: tuple[LossPoint, ...] = ()
     layers: tuple[LayerFigure, ...] = ()
@@ -100,6 +106,8 @@ def folder_subject(folder: Path, runs: Sequence[Run] = ()) -> Subject:
             bits_per_weight=manifest["bits_per_weight"],
             size_bytes=weights,
             quality={n: v for n, v in quality.items() if isinstance(v, int | float)},
+            expert_tokens=tuple(map(tuple, quality.get("expert_tokens", ()))),
+            experts_without_data=dict(quality.get("experts_without_data", {})),
             evaluations=recorded.evaluations or tuple(kept_figures(folder)),
             losses=recorded.losses or finite_losses(losses_of(quality)),
             layers=recorded.layers or layers,

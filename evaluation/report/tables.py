@@ -53,7 +53,8 @@ def number(value: float, digits: int = 4) -> Cell:
 
 def folded_tables(subject: Subject) -> list[Table]:
     """What few read, and some need: values of the plots, recipe, versions, machine, checksums."""
-    found = [_losses(subject), _layers(subject), *map(_stages, subject.runs)]
+    found = [_losses(subject), _layers(subject), _expert_tokens(subject), _without_data(subject)]
+    found += map(_stages, subject.runs)
     named = {
         "Recipe": subject.recipe,
         "Calibration data": subject.calibration,
@@ -143,6 +144,33 @@ def _layers(subject: Subject) -> Table:
         ("layer", "error as quantized", "error of the checkpoint", "bits per weight"),
         tuple(rows),
         frozenset(range(4)),
+    )
+
+
+def _expert_tokens(subject: Subject) -> Table:
+    rows = tuple(
+        (Cell(str(index), index), *(Cell(f"{count:,.10g}", count) for count in counts))
+        for index, counts in enumerate(subject.expert_tokens)
+    )
+    return Table(
+        "Tokens of the experts",
+        ("of the layers with experts", "least", "median", "most"),
+        rows,
+        frozenset(range(4)),
+    )
+
+
+def _without_data(subject: Subject) -> Table:
+    rows = tuple(
+        (Cell(name), Cell(f"{count:,}", count))
+        for name, count in subject.experts_without_data.items()
+    )
+    return Table(
+        "Experts quantized without data",
+        ("linear", "tokens"),
+        rows,
+        frozenset({1}),
+        "They saw too few tokens. More calibration rows reach more experts.",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rilq  # noqa: F401  (teaches transformers the native format)
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "layer_types": WINDOWS},
     "phi3": {},
     "olmo2": {},
+    **MIXTURES,
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
@@ -16,19 +17,17 @@ from rilq.formats.source import LocalFolder
 
 SEQLEN = 64
 GPU = Machine(torch.device("cuda"), torch.bfloat16, 64 << 30, 80 << 30, 1e15, 3e12, "a large GPU")
+CPU = replace(GPU, device=torch.device("cpu"), device_free=None)
 
 
 @pytest.fixture
 def plan(tiny_llama: Path, tmp_path: Path) -> Callable[..., Plan]:
-    """`plan(machine, **options)` of tiny_llama."""
-    streamed = StreamedModel(
-        Checkpoint.open(LocalFolder(tiny_llama)), dtype=torch.bfloat16, device=torch.device("meta")
-    )
+    """`plan(machine, **options)` of tiny_llama, or of another `model`."""
 
-    def make(machine: Machine, **options: int | str) -> Plan:
-        asked = ConvertOptions(
-            str(tiny_llama), seqlen=SEQLEN, output_dir=tmp_path / "out", **options
-        )
+    def make(machine: Machine, model: Path = tiny_llama, **options: int | str) -> Plan:
+        checkpoint = Checkpoint.open(LocalFolder(model))
+        streamed = StreamedModel(checkpoint, dtype=torch.bfloat16, device=torch.device("meta"))
+        asked = ConvertOptions(str(model), seqlen=SEQLEN, output_dir=tmp_path / "out", **options)
         return make_plan(streamed, asked, machine)
 
     return make
@@ -46,12 +45,27 @@ def test_a_gpu_runs_as_many_rows_at_once_as_its_memory_holds(plan: Callable[...,
 
 
 def test_a_cpu_runs_the_same_rows_whatever_its_memory(plan: Callable[..., Plan]) -> None:
-    cpu = replace(GPU, device=torch.device("cpu"), device_free=None)
     for free in (64 << 30, 1 << 30):
-        choices = plan(replace(cpu, host_free=free)).choices
+        choices = plan(replace(CPU, host_free=free)).choices
         assert choices.batch_rows * SEQLEN == STREAM_TOKENS
 
 
 def test_rows_that_were_asked_for_are_taken(plan: Callable[..., Plan]) -> None:
     choices = plan(GPU, micro_batch=5, batch_size=16).choices
     assert (choices.batch_rows, choices.micro_batch) == (5, 5)
+
+
+def test_experts_one_by_one_take_more_rows_and_less_memory(
+    plan: Callable[..., Plan], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each batch reads every expert again, and none is read ahead."""
+    many = {**MIXTURES["qwen3_moe"], "num_experts": 32}
+    source = make_model(tmp_path / "source", "qwen3_moe", **many)
+    asked = {"model": source, "quantizer": "rtn", "rank": 0, "group_size": 32}
+    for machine, most in ((GPU, 2), (CPU, 16)):
+        whole, apart = (plan(machine, expert_memory=m, **asked) for m in ("1GB", "1kB"))
+        assert (whole.choices.experts_apart, apart.choices.experts_apart) == (False, True)
+        assert apart.choices.batch_rows == most * whole.choices.batch_rows
+        same = plan(machine, expert_memory="1kB", **asked, micro_batch=whole.choices.batch_rows)
+        given = plan(machine, expert_memory="1GB", **asked, micro_batch=whole.choices.batch_rows)
+        assert same.host_bytes < given.host_bytes

@@ -60,6 +60,12 @@ def test_it_says_the_figures_first() -> None:
         assert shown in text, shown
 
 
+def test_experts_without_data_are_listed() -> None:
+    text = " ".join(Read(full_page()).text.split())
+    assert "0 12 480.5 2,210" in text
+    assert "Experts quantized without data linear tokens model.layers.1.mlp.experts.3." in text
+
+
 def test_whatever_it_shows_is_escaped() -> None:
     bad = examples.HOSTILE
     calm = examples.subject()
