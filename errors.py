@@ -1,6 +1,7 @@
 """Every error that rilq raises on purpose.
 
     RilqError                        exit code 1: the work failed
+    ├── Stopped                      work in the background was told to end; never shown
     └── InputError                   exit code 2: something the user gave is wrong
         ├── OptionError              an option, or two options together
         ├── CheckpointError          a file or tensor of a checkpoint
@@ -23,6 +24,10 @@ class RilqError(Exception):
     """Base of all errors raised on purpose; its text is meant for the user."""
 
     exit_code = 1
+
+
+class Stopped(RilqError):
+    """A transfer or a reading thread was told to end; what has arrived stays."""
 
 
 class InputError(RilqError):

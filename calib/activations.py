@@ -5,6 +5,8 @@ Shape, dtype and checksum are kept by whoever wrote it, in the journal. Reading 
 reads into fresh memory and not through a mapping, because mapped pages count as resident memory.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +26,11 @@ from rilq.formats.durable import atomic_file
 
 T = TypeVar("T")
 
+WRITE_BEHIND = 64 << 20  # bytes of batches that may wait to be written, if not a single one
 _CHUNK = 8 << 20  # bytes per read while a whole file is hashed
+# Bytes after which what was written is forced to the disk: it gets there while the next batches are
+# computed, and the sync at the end, which everything waits for, has little left to do.
+_SYNC = 16 << 20
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -32,8 +38,24 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
+def _on_host(stored: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A contiguous copy in host memory, and what says when it is there, for one from a GPU."""
+    if stored.device.type != "cuda":
+        return stored.cpu().contiguous(), None
+    # Page-locked: the copy runs behind the computation, and nobody waits for it but the writer.
+    host = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True)
+    host.copy_(stored, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(stored.device))
+    return host, copied
+
+
 class ActivationWriter:
     """Writes one store, batch after batch; the file appears when the `with` block ends well.
+
+    A thread checks, writes and hashes while the caller computes the next batch. The block ends when
+    everything is in the file and the file is on the disk, so what is said of it then (a line in the
+    journal) is as true as it would be without the thread.
 
     Leaving the block with another number of rows than `shape` says is an error, and then, as after
     any exception, an older file of that name stays as it was.
@@ -58,8 +80,11 @@ class ActivationWriter:
         self._label = label or path.name
         self._rows = 0
         self._hash = xxhash.xxh3_128()
+        self._unsynced = 0
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rilq-write")
+        self._behind: deque[tuple[int, Future[None]]] = deque()  # each batch's bytes and writing
         self._complete = False
 
     @property
@@ -71,6 +96,8 @@ class ActivationWriter:
 
     def __enter__(self) -> "ActivationWriter":
         self._file = self._stack.enter_context(atomic_file(self._path))
+        # Left before the file is closed: what is in the thread's hands ends, the rest is dropped.
+        self._stack.callback(self._pool.shutdown, cancel_futures=True)
         return self
 
     def __exit__(
@@ -79,21 +106,22 @@ class ActivationWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file = None
-        if error is None and self._rows != self._shape[0]:
-            short = RilqError(
-                f"{self._label}: {self._rows} rows of activations instead of {self._shape[0]}"
-            )
-            self._stack.__exit__(type(short), short, None)  # drops the temporary file
-            raise short
-        self._stack.__exit__(kind, error, trace)
-        self._complete = error is None
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:  # drops the temporary file if anything is raised here
+            self._wait(0)
+            if self._rows != self._shape[0]:
+                raise RilqError(
+                    f"{self._label}: {self._rows} rows of activations instead of {self._shape[0]}"
+                )
+        self._file, self._complete = None, True
 
     def append(self, batch: Tensor) -> None:
-        """Write the next rows.
+        """Write the next rows, soon; what is wrong with them is raised by then or at the end.
 
         Args:
-            batch: `[n, seq_len, hidden]`, any float dtype, any device.
+            batch: `[n, seq_len, hidden]`, any float dtype, any device; not to be changed any more.
 
         Raises:
             RilqError: a value is not finite in the stored dtype (the message names the first bad
@@ -107,13 +135,35 @@ class ActivationWriter:
         if self._rows + len(batch) > self._shape[0]:
             raise RilqError(f"{self._label}: more than {self._shape[0]} rows of activations")
         stored = batch.detach().to(self._dtype)  # on its device: half the bytes to copy
-        self._check_finite(stored)
-        content = _bytes_of(stored.cpu().contiguous())
-        self._file.write(content)
-        self._hash.update(content)
+        self._wait(WRITE_BEHIND - stored.nbytes)
+        writing = self._pool.submit(self._write, *_on_host(stored), self._rows)
+        self._behind.append((stored.nbytes, writing))
         self._rows += len(batch)
 
-    def _check_finite(self, stored: Tensor) -> None:
+    def _wait(self, most: int) -> None:
+        """Until no more than `most` bytes wait to be written; raises what writing raised."""
+        while self._behind:
+            done = self._behind[0][1].done()
+            if not done and sum(nbytes for nbytes, _ in self._behind) <= most:
+                break
+            self._behind.popleft()[1].result()
+
+    def _write(self, stored: Tensor, copied: torch.cuda.Event | None, first: int) -> None:
+        """Check and write rows from row `first` on; runs in the thread, one batch at a time."""
+        assert self._file is not None, "the file is open as long as the thread lives"
+        if copied is not None:
+            copied.synchronize()
+        self._check_finite(stored, first)
+        content = _bytes_of(stored)
+        self._file.write(content)
+        self._hash.update(content)
+        self._unsynced += len(content)
+        if self._unsynced >= _SYNC:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+
+    def _check_finite(self, stored: Tensor, first: int) -> None:
         # A sum is one cheap pass; it is finite unless a value is not, or (rare, harmless) it
         # overflows by itself, so only then are the rows looked at.
         if bool(torch.isfinite(stored.sum(dtype=torch.float32))):
@@ -128,7 +178,7 @@ class ActivationWriter:
             else "run again with --dtype float32; if that does not help, the model itself is broken"
         )
         raise RilqError(
-            f"{self._label}: activations of row {self._rows + bad[0]} hold NaN or infinity "
+            f"{self._label}: activations of row {first + bad[0]} hold NaN or infinity "
             f"in {kind} ({len(bad)} of {len(stored)} rows of this batch)\n  {remedy}"
         )
 
@@ -141,11 +191,13 @@ class ActivationStore:
         path: the file.
         shape: `(rows, seq_len, hidden)`.
         dtype: of its elements.
+        pinned: read rows into page-locked memory, from which a GPU copies without waiting.
     """
 
     path: Path
     shape: tuple[int, int, int]
     dtype: torch.dtype
+    pinned: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -166,7 +218,7 @@ class ActivationStore:
         """
         if not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"rows {start}:{stop} of {self.shape[0]}")
-        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        rows = self._empty(stop - start)
         with self._open() as file:
             self._fill(file, start, rows)
         return rows
@@ -181,7 +233,7 @@ class ActivationStore:
         wrong = [index for index in indices if not 0 <= index < self.shape[0]]
         if wrong:
             raise ValueError(f"rows {wrong[:10]} of {self.shape[0]}")
-        rows = torch.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
+        rows = self._empty(len(indices))
         with self._open() as file:
             for place, index in enumerate(indices):
                 self._fill(file, index, rows[place])
@@ -223,6 +275,9 @@ class ActivationStore:
     def delete(self) -> None:
         """Remove the file; a missing one is fine."""
         self.path.unlink(missing_ok=True)
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty((rows, *self.shape[1:]), dtype=self.dtype, pin_memory=self.pinned)
 
     def _reading(self, start: int, stop: int) -> Callable[[], tuple[int, Tensor]]:
         return lambda: (start, self.read(start, stop))

@@ -41,6 +41,14 @@ class HessianSum:
         """
         return self._sum / max(self.tokens, 1)
 
+    def take(self) -> Tensor:
+        """`value()` in the memory of the sums: of a wide linear there is no room for two.
+
+        Nothing can be added any more.
+        """
+        total, self._sum = self._sum, self._sum.new_empty(0, 0)
+        return total.div_(max(self.tokens, 1))
+
 
 class SquareSum:
     """Mean squares of each input channel over any number of batches: a Hessian's diagonal."""

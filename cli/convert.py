@@ -214,6 +214,14 @@ def convert_options(
     student: Annotated[
         str, option(MACHINE, "Weights while training: auto, dense or packed.")
     ] = "auto",
+    micro_batch: Annotated[
+        str,
+        option(
+            MACHINE,
+            "Rows that run at once, in the pass and of an update: a number, or auto, from the "
+            "free memory; halved, once, where a GPU's memory runs out all the same.",
+        ),
+    ] = "auto",
     evict: Annotated[
         bool,
         option(
@@ -280,6 +288,7 @@ def convert_options(
         device=device,
         dtype=dtype,
         student=student,
+        micro_batch=_rows_at_once(micro_batch),
         evict=evict,
         max_disk=max_disk,
         max_shard_size=max_shard_size,
@@ -295,6 +304,14 @@ def _pattern_bits(text: str) -> tuple[str, int]:
     if not pattern or not bits.isdigit():
         raise OptionError(f"--bits-for {text}: expected PATTERN=BITS, for example down_proj=4")
     return pattern, int(bits)
+
+
+def _rows_at_once(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise OptionError(f"--micro-batch {text}: expected auto or a number of rows")
+    return int(text)
 
 
 def _takesconvert_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -284,7 +284,7 @@ def place_tensor(model: nn.Module, name: str, value: Tensor, device: torch.devic
     """Give the parameter or buffer `name` its value, in the dtype that the model was built with."""
     owner, _, leaf = name.rpartition(".")
     dtype = getattr(model.get_submodule(owner), leaf).dtype
-    set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
+    set_module_tensor_to_device(model, name, device, value=value, dtype=dtype, non_blocking=True)
 
 
 def place_buffers(model: nn.Module, device: torch.device) -> None:

@@ -101,7 +101,7 @@ _EXHAUSTED = ("can't allocate memory", "not enough memory", "bad_alloc", "start 
 @contextmanager
 def memory_errors_explained(
     state: Callable[[], str],
-    less: str = "with a lower --seqlen or --batch-size, or with --student packed",
+    less: str = "with a lower --seqlen, --batch-size or --micro-batch, or with --student packed",
 ) -> Iterator[None]:
     """Say in one screen that memory ran out, and where.
 

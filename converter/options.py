@@ -119,6 +119,7 @@ class ConvertOptions:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     student: Tier | Literal["auto"] = "auto"
+    micro_batch: int | None = None
     # the source's shards on disk, where it is on the Hub
     evict: bool = False
     max_disk: str | None = None
@@ -213,7 +214,7 @@ class ConvertOptions:
         """Every option that has an effect on the result, as JSON values without any path."""
         without = {
             "model", "revision", "dataset", "output_dir", "work_dir", "resume", "keep_work",
-            "device", "dtype", "student", "evict", "max_disk",
+            "device", "dtype", "student", "micro_batch", "evict", "max_disk",
         }  # fmt: skip
         values = {k: v for k, v in asdict(self).items() if k not in without}
         values["bits_for"] = dict(self.bits_for)
@@ -285,6 +286,7 @@ def _check(options: ConvertOptions) -> None:
         "layer_steps": 1,
         "steps": 1,
         "batch_size": 1,
+        "micro_batch": 1,
         "val_every": 1,
         "patience": 1,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -25,6 +25,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec, plain_adapters
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.bit_choice import average_bits, choose_bits
+from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
@@ -245,7 +246,9 @@ class _Conversion:
         trained: dict[str, Tensor] = {}
         if training:
             if not (ready := self.work.stage("trained")):
-                self._train(stream, tokens, validation, quantization)
+                rows = RowsAtOnce(self.choices.batch_rows, self.choices.micro_batch)
+                train = partial(self._train, stream, tokens, validation, quantization)
+                with_fewer_rows("the training", rows, train, self.work, self.report)
                 ready = self.work.stage("trained")
             quality |= ready[-1].facts
             trained = load_file(self.work.file("trained.safetensors"))
@@ -337,10 +340,15 @@ class _Conversion:
         )
 
     def _train(
-        self, stream: StreamingPass, tokens: Tensor, validation: int, quantization: RilqConfig
+        self,
+        stream: StreamingPass,
+        tokens: Tensor,
+        validation: int,
+        quantization: RilqConfig,
+        rows: RowsAtOnce,
     ) -> None:
         """Train, keep the best values, and measure what merging them changes."""
-        o = self.options
+        o, self.choices = self.options, replace(self.choices, micro_batch=rows.micro_batch)
         parts = QuantizedParts(self.work, self.layers, bits=self.bits)
         student = self._student(parts, quantization, train=o.trains)
         use_initial(student.trained, self.work)
@@ -595,6 +603,7 @@ def job_fingerprint(job: Job) -> dict[str, Any]:
         "--device": job.plan.choices.device,
         "--dtype": job.plan.choices.dtype,
         "--student": options.student,
+        **({} if options.micro_batch is None else {"--micro-batch": options.micro_batch}),
         **{f"version of {name}": version for name, version in versions().items()},
     }
 

@@ -7,13 +7,15 @@ it is based on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rilq.calib.activations import WRITE_BEHIND
+from rilq.calib.statistics import CHUNK as ROWS_IN_FLOAT32
 from rilq.converter.adapters import (
     AdapterSpec,
     learning_rate,
@@ -35,6 +37,7 @@ from rilq.converter.options import (
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
+from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
 from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
 from rilq.formats.native import RilqConfig
@@ -42,7 +45,8 @@ from rilq.formats.packed_linear import CHUNK
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 from rilq.progress import gigabytes
 
-STREAM_TOKENS = 1024  # tokens that run through a layer at once: enough for any matrix product
+STREAM_TOKENS = 1024  # tokens that run through a layer at once on a CPU: enough for any product
+GPU_TOKENS = 8192  # the most on a GPU, where the memory allows them
 # Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
 SEARCH_BYTES = 100 * 9 * 8
 # A rotated weight is read and written in float64 by some five passes, and converted twice.
@@ -230,7 +234,7 @@ def make_plan(
         validation_rows=validation,
         choices=choices,
         read_bytes=_read_bytes(streamed),
-        host_bytes=peak if on_cpu else sizes.host_bytes + rotating + FIXED,
+        host_bytes=(peak if on_cpu else sizes.host_bytes(item, choices) + FIXED) + rotating,
         device_bytes=None if on_cpu else peak,
         host_free=machine.host_free,
         device_free=machine.device_free,
@@ -264,8 +268,8 @@ def check_fits(plan: Plan) -> None:
         if needed > free:
             raise OptionError(
                 f"{what}: {gigabytes(needed)} needed, {gigabytes(free)} free\n"
-                "  lower --seqlen or --batch-size, use --student packed, or train less "
-                "(--train scales, or --rank 0)"
+                "  lower --seqlen, --batch-size or --micro-batch, use --student packed, or train "
+                "less (--train scales, or --rank 0)"
             )
 
 
@@ -296,6 +300,7 @@ class _Sizes:
     rows: int
     seqlen: int
     hessians: bool
+    keeps_hessians: bool  # for adapters, beside what the quantizer makes of them
     searches: bool
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
     alternatives: int  # other bits that each linear is quantized to
@@ -346,6 +351,7 @@ class _Sizes:
             rows=rows,
             seqlen=seqlen,
             hessians=options.quantizer in ("gptq", "lsq") or options.adapter_init == "eora",
+            keeps_hessians=options.adapter_init == "eora",
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
@@ -360,11 +366,17 @@ class _Sizes:
             * bool(options.more_bits),
         )
 
-    @property
-    def host_bytes(self) -> int:
-        """Beside a GPU: layers as stored, the one that comes next among them, and what is outer."""
+    def host_bytes(self, item: int, choices: Choices) -> int:
+        """Beside a GPU: what is outer; layers as stored; hidden states on their way.
+
+        Of layers these are the one at work and what is saved of it, and the next one as it is read
+        and in page-locked memory; of states those to be written, and two batches each of teacher
+        and student.
+        """
         outer = self.outer_bytes + self.outer_packed_bytes
-        return self.layer_bytes * 3 + outer + self.layer_alternatives
+        batch = choices.batch_rows * self.seqlen * self.hidden * item
+        states = self.written_behind(item, choices) + 4 * batch
+        return self.layer_bytes * 4 + outer + self.layer_alternatives + states
 
     @property
     def layer_alternatives(self) -> int:
@@ -381,19 +393,38 @@ class _Sizes:
     def stream_bytes(self, item: int, choices: Choices) -> int:
         """Full-precision layer as stored and as computed, quantizer's copies, one batch.
 
-        Embedding and head are dropped before the first layer comes; they are quantized in parts.
+        On a CPU also the layer that is read meanwhile, and what waits to be written. Embedding and
+        head are dropped before the first layer comes; they are quantized in parts.
         """
         layer = self.layer_bytes + self.layer_values * item
+        if choices.device == "cpu":
+            layer += self.layer_bytes + self.written_behind(item, choices)
         quantizer = 8 * 4 * self.largest_linear
         if self.learned_values:
             # The weights, what is trained with gradient and moments, and what a step keeps.
             quantizer += LEARNED_COPIES * 4 * self.learned_values
             quantizer += 3 * self.activations(choices.micro_batch, item)
-        hessian = 4 * 4 * self.widest_input**2 if self.hessians else 0
+        hessian = self.hessian_bytes(choices.batch_rows * self.seqlen) if self.hessians else 0
         outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
         outer += 8 * 4 * min(CHUNK, self.outer_packed)
         batch = 2 * self.activations(choices.batch_rows, item)
         return max(outer, layer + self.layer_alternatives + quantizer + hessian + batch)
+
+    def hessian_bytes(self, tokens: int) -> int:
+        """Sums over a linear's inputs and a batch of them in float32; later what GPTQ makes of it.
+
+        Beside that, the sums themselves where adapters start from them.
+        """
+        width = self.widest_input
+        factored = max(factor_bytes(width), factor_bytes(min(width, AT_ONCE)))
+        return max(4 * width * (width + min(tokens, ROWS_IN_FLOAT32)), factored) + (
+            4 * width**2 if self.keeps_hessians else 0
+        )
+
+    def written_behind(self, item: int, choices: Choices) -> int:
+        """Hidden states that wait to be written: the queue, or one batch if that is larger."""
+        batch = choices.batch_rows * self.seqlen * self.hidden * item
+        return max(min(WRITE_BEHIND, self.states_bytes(item)), batch)
 
     def train_bytes(self, item: int, choices: Choices) -> int:
         """Weights, what is trained with Adam and the best copy, activations, logits."""
@@ -578,9 +609,11 @@ def _choose(
     free = machine.device_free if machine.device_free is not None else machine.host_free
     tiers: list[Tier] = ["dense", "packed"] if options.student == "auto" else [options.student]
     micros = [m for m in range(options.batch_size, 0, -1) if options.batch_size % m == 0]
+    if options.micro_batch is not None:
+        micros = [min(options.micro_batch, options.batch_size)]
     rate = options.learning_rate or learning_rate(hidden)
     scales_rate = options.scales_learning_rate or scales_learning_rate(hidden)
-    batch_rows = max(1, STREAM_TOKENS // seqlen)
+    batch_rows = options.micro_batch or max(1, STREAM_TOKENS // seqlen)
     tries = [
         Choices(dtype, str(machine.device), tier, batch_rows, micro, rate, scales_rate, seqlen)
         for tier in tiers
@@ -590,10 +623,23 @@ def _choose(
     # is still faster, so the order of `tries` is that of speed.
     fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
     chosen = fitting[0] if fitting else tries[-1]
+    if machine.device_free is not None and options.micro_batch is None:
+        chosen = _filled(chosen, lambda c: sizes.stream_bytes(item, c) + FIXED <= 0.8 * free)
     if chosen.student == "packed":  # asked for, or needed, to save memory
         return chosen
     whole = replace(chosen, recompute=False)
     return whole if sizes.train_bytes(item, whole) + FIXED <= 0.4 * free else chosen
+
+
+def _filled(choices: Choices, fits: Callable[[Choices], bool]) -> Choices:
+    """With as many rows through a layer at once, up to `GPU_TOKENS`, as fit; at least one."""
+    chosen = replace(choices, batch_rows=1)
+    while chosen.batch_rows * 2 * choices.seqlen <= GPU_TOKENS:
+        more = replace(chosen, batch_rows=chosen.batch_rows * 2)
+        if not fits(more):
+            break
+        chosen = more
+    return chosen
 
 
 def _disks(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +22,9 @@ from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
 from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
+from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
+from rilq.converter.layer_reader import LayerReader, reading_ahead
 from rilq.converter.layers import StreamedModel, input_groups, linear_input
 from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.options import Target
@@ -45,6 +47,8 @@ from rilq.formats.shard_writer import write_tensors
 from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,26 +132,46 @@ class StreamingPass:
         done = len(self.work.stage("layers"))
         outer = len(self.work.stage("outer"))
         steps = self.streamed.reading_steps()
-        with self.checkpoint.in_order(steps[outer + max(0, done - 1) :]) as advance:
-            self._outer(advance)
+        with reading_ahead(
+            self.checkpoint,
+            steps[outer + max(0, done - 1) :],
+            budget=max(map(self.checkpoint.nbytes, steps[1:])),
+            pinned=self._on_gpu,
+        ) as reader:
+            self._outer(reader.advance)
             if done < len(steps) + targets:
-                self._layers(done, advance)
+                reader.start(steps[1 + max(0, done - 1) :])
+                self._layers(done, reader)
         if targets and done < len(steps) + targets:
-            self._targets()
+            self._recovering(self._targets)
 
-    def _layers(self, done: int, advance: Callable[[], None]) -> None:
+    def _recovering(self, unit: Callable[[], T]) -> T:
+        """Do one unit, with fewer rows at once than planned where memory asks for it."""
+
+        def run(rows: RowsAtOnce) -> T:
+            self.options = replace(self.options, **asdict(rows))
+            return unit()
+
+        rows = RowsAtOnce(self.options.batch_rows, self.options.micro_batch)
+        return with_fewer_rows("the decoder layers", rows, run, self.work, self.report)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.streamed.device.type == "cuda"
+
+    def _layers(self, done: int, reader: LayerReader) -> None:
         """What follows the outer tensors, of which `done` units are finished."""
         count = len(self.streamed.layers)
         self.streamed.prepare(self.shape[1])
         self.report.stage("layers", count, "layer")
         if done == 0:
-            self._embedding()
+            self._recovering(self._embedding)
             done = 1
         self.streamed.drop_embeddings()
         self.report.step(done - 1)
         for index in range(done - 1, count):
-            error = self._layer(index)
-            advance()
+            error = self._recovering(partial(self._layer, index, reader.take()))
+            reader.advance()
             self.report.step(index + 1, error=round(error, 4))
 
     def _outer(self, advance: Callable[[], None]) -> None:
@@ -201,10 +225,8 @@ class StreamingPass:
         """Whether the embedding is quantized; else the student starts from the teacher's file."""
         return embedding_name(self.streamed) in self.options.outer
 
-    def _layer(self, index: int) -> float:
+    def _layer(self, index: int, tensors: dict[str, Tensor]) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
-        names = self.streamed.layer_names(index)
-        tensors = self.checkpoint.read(names)
         teacher = self._store(self._states("teacher", index))
         apart = bool(index) or self._student_embeds
         student = self._store(self._states("student" if apart else "teacher", index))
@@ -227,12 +249,16 @@ class StreamingPass:
             found: Mapping[str, Any] | None = None
             if self.options.after_layer is not None:
                 layer = StreamedLayer(index, tensors, saved, student, wanted)
-                found = self.options.after_layer(layer)
+                try:
+                    found = self.options.after_layer(layer)
+                except torch.OutOfMemoryError as err:
+                    # It may have kept something of this layer, so it is not asked again.
+                    raise MemoryError(str(err)) from err
         return_free_memory()
         self.work.commit(
             "layers",
             f"layer {index}",
-            {"error": error, "source": self._source_hashes(names), **gains, **(found or {})},
+            {"error": error, "source": self._source_hashes(tensors), **gains, **(found or {})},
             files={each: file_hash(each) for each in [*paths, *more.values()]},
             passing={next_teacher: digest, next_student: student_digest},
         )
@@ -288,10 +314,10 @@ class StreamingPass:
                 hessian = self._hessian(index, linears[group[0]], student)
             if quantizer.needs_hessian:
                 assert hessian is not None
+                kept = hessian.clone() if initial and initial.needs_hessian else None
                 with _named(group[0]):
-                    prepared = quantizer.prepare(hessian)
-            if not (initial and initial.needs_hessian):
-                hessian = None  # of a wide linear it is the largest thing in memory
+                    prepared = quantizer.prepare(hessian, partial(self._warn, group))
+                hessian = kept  # of a wide linear it is the largest thing in memory
             for name in group:
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
@@ -341,7 +367,7 @@ class StreamingPass:
                     specs,
                     squares,
                     run=partial(self.streamed.run, index),
-                    batches=([(x.to(device), y.to(device)) for x, y in b] for b in batches),
+                    batches=([(self._here(x), self._here(y)) for x, y in b] for b in batches),
                     note=lambda text: self.report.note(f"{layer}: {text}"),
                 )
             )
@@ -389,7 +415,7 @@ class StreamingPass:
         ]
         try:
             for _, batch in student.batches(self.options.batch_rows):
-                self.streamed.run(index, batch.to(self.streamed.device))
+                self.streamed.run(index, self._here(batch))
         finally:
             for handle in handles:
                 handle.remove()
@@ -398,9 +424,12 @@ class StreamingPass:
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
         for _, batch in student.batches(self.options.batch_rows):
-            hidden = batch.to(self.streamed.device)
+            hidden = self._here(batch)
             total.add(linear_input(self.streamed, index, linear, hidden))
-        return total.value()
+        return total.take()
+
+    def _warn(self, linears: list[str], text: str) -> None:
+        self.report.warn(f"{', '.join(linears)}: {text}")
 
     def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
         for name, module in self.streamed.linears(index).items():
@@ -425,7 +454,7 @@ class StreamingPass:
         """Run a loaded layer over all rows, from file to file; the new file's xxh3."""
         with self._writer(target, f"decoder layer {index}") as writer:
             for _, batch in source.batches(self.options.batch_rows):
-                writer.append(self.streamed.run(index, batch.to(self.streamed.device)))
+                writer.append(self.streamed.run(index, self._here(batch)))
         return writer.digest
 
     def _propagate_compared(
@@ -433,15 +462,15 @@ class StreamingPass:
     ) -> tuple[str, float]:
         """As `_propagate`; also `|out - reference|^2 / |reference|^2` over all rows."""
         size = self.options.batch_rows
-        apart = norm = 0.0
+        errors: list[tuple[Tensor, Tensor]] = []  # asked for at the end: asking waits for a GPU
         with self._writer(target, f"quantized decoder layer {index}") as writer:
             pairs = zip(source.batches(size), reference.batches(size), strict=True)
             for (_, batch), (_, wanted) in pairs:
-                out = self.streamed.run(index, batch.to(self.streamed.device))
-                wanted = wanted.to(self.streamed.device).float()
-                apart += (out.float() - wanted).square().sum().item()
-                norm += wanted.square().sum().item()
+                out = self.streamed.run(index, self._here(batch))
+                wanted = self._here(wanted).float()
+                errors.append(((out.float() - wanted).square().sum(), wanted.square().sum()))
                 writer.append(out)
+        apart, norm = (sum(each.item() for each in part) for part in zip(*errors, strict=True))
         return writer.digest, apart / norm if norm else 0.0
 
     def _targets(self) -> None:
@@ -451,7 +480,7 @@ class StreamingPass:
         with self._writer(path, "the final norm") as writer:
             for _, batch in source.batches(self.options.batch_rows):
                 if self.options.target != "pre-norm":
-                    batch = self.streamed.final_norm(batch.to(self.streamed.device))
+                    batch = self.streamed.final_norm(self._here(batch))
                 writer.append(batch)
         self.work.commit("layers", "targets", {}, files={path: writer.digest})
 
@@ -462,16 +491,20 @@ class StreamingPass:
         """
         return self._store(self.work.file("targets.bin"))
 
+    def _here(self, batch: Tensor) -> Tensor:
+        """A batch on the device; from page-locked memory it comes while others are computed."""
+        return batch.to(self.streamed.device, non_blocking=True)
+
     def _states(self, who: str, index: int) -> Path:
         return self.work.file(f"{who}-{index:04d}.bin")
 
     def _store(self, path: Path) -> ActivationStore:
-        return ActivationStore(path, self.shape, self.streamed.dtype)
+        return ActivationStore(path, self.shape, self.streamed.dtype, pinned=self._on_gpu)
 
     def _writer(self, path: Path, label: str) -> ActivationWriter:
         return ActivationWriter(path, self.shape, self.streamed.dtype, label=label)
 
-    def _source_hashes(self, names: list[str]) -> dict[str, str]:
+    def _source_hashes(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.checkpoint.hashes[name] for name in names}
 
 

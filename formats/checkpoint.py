@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from rilq.errors import CheckpointError, NonFiniteError, printable
+from rilq.errors import CheckpointError, NonFiniteError, Stopped, printable
 from rilq.formats.index import INDEX, choose_shards, locate_tensors, read_weight_map
 from rilq.formats.shard import (
     CODE_OF,
@@ -66,6 +67,7 @@ class Checkpoint:
         tensors: tensor to dtype, shape and place.
         bytes_read: bytes of all tensors returned by `read` so far.
         hashes: tensor to `tensor_hash`, for all tensors read so far.
+        stop: once it is set, reading ends with `Stopped` before the next tensor.
     """
 
     source: Source
@@ -77,6 +79,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo] = field(init=False, repr=False)
     bytes_read: int = field(default=0, init=False)
     hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    stop: Event = field(default_factory=Event, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tensors = {
@@ -174,6 +177,7 @@ class Checkpoint:
         Raises:
             CheckpointError: no such tensor, or a file changed while it was in use.
             NonFiniteError: weights hold NaN or infinity; all that do are named.
+            Stopped: `stop` was set meanwhile.
         """
         wanted = self._known(names)
         by_shard: dict[str, list[str]] = {}
@@ -182,9 +186,11 @@ class Checkpoint:
         found: dict[str, Tensor] = {}
         faults: list[str] = []
         for shard, members in by_shard.items():
+            self._check_wanted()
             label = f"{self.source.label}/{shard}"
             views = read_tensors(self.source.path(shard), self.headers[shard], members, label)
             for name, tensor in views.items():
+                self._check_wanted()
                 scan = scan_tensor(tensor)
                 self._remember(name, tensor, scan)
                 if check_finite and scan.non_finite:
@@ -199,6 +205,10 @@ class Checkpoint:
                 "or take another revision"
             )
         return {name: found[name] for name in wanted}
+
+    def _check_wanted(self) -> None:
+        if self.stop.is_set():
+            raise Stopped("stopped")
 
     def _known(self, names: Iterable[str]) -> list[str]:
         wanted = list(dict.fromkeys(names))

@@ -27,7 +27,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from rilq import __version__
-from rilq.errors import HubError, OutputError, RilqError, printable
+from rilq.errors import HubError, OutputError, RilqError, Stopped, printable
 from rilq.formats.durable import sync_folder
 from rilq.formats.hub_cache import RemoteFile, add_to_hash
 from rilq.formats.hub_requests import Address, Patience, explain, safe_cause, with_patience
@@ -39,10 +39,6 @@ REFETCHES = 3  # after a first copy that was damaged
 REDIRECTS = 5
 # An attempt that brings so many bytes, or this part of what is missing, was not in vain.
 ADVANCE_BYTES, ADVANCE_PART = 1 << 20, 8
-
-
-class Stopped(RilqError):
-    """The transfer was told to stop; what has arrived stays."""
 
 
 class Sink(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Condition, Event, Thread
 from typing import Protocol
 
-from rilq.formats.hub_transfer import Stopped
+from rilq.errors import Stopped
 
 AHEAD = 1  # files beyond those of the current step: while one is used, the next one comes
 PATIENCE = 0.5  # seconds that the end waits for the thread; its part of a file stays for later
@@ -48,18 +48,26 @@ class ReadAhead:
         self._thread.start()
 
     def wait_for(self, name: str) -> None:
-        """Return when the file is there; it stays until the current step is done.
+        """Return when the file is there; it stays until the step that needs it is done.
+
+        A file of a later step comes when there is room for it, at the latest when that step is the
+        current one; what goes wrong until then is tried again.
 
         Raises:
+            Stopped: the end came first.
             Exception: what fetching it raised.
         """
         with self._changed:
-            if name not in self._now():  # a step that needs more than was said
+            if not any(name in step for step in self._steps[self._at :]):
+                # A step that needs more than was said.
                 self._steps[self._at : self._at + 1] = [[*self._now(), name]]
-            self._failed.pop(name, None)  # of an attempt ahead of time; now it counts
+            if name in self._now():
+                self._failed.pop(name, None)  # of an attempt ahead of time; now it counts
             self._changed.notify_all()
             while name not in self._ready:
-                if name in self._failed:
+                if self._stop.is_set():
+                    raise Stopped("stopped")
+                if name in self._failed and name in self._now():
                     raise self._failed.pop(name)
                 self._changed.wait()
 

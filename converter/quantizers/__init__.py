@@ -5,6 +5,7 @@ of layerwise.py take a whole decoder layer (`LayerQuantizer`). A new one is a cl
 `build_quantizer`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -35,11 +36,13 @@ class Quantizer(Protocol):
     @property
     def needs_hessian(self) -> bool: ...
 
-    def prepare(self, hessian: Tensor) -> Tensor:
+    def prepare(self, hessian: Tensor, warn: Callable[[str], None]) -> Tensor:
         """What `quantize` needs of the Hessian; once for all linears that share the input.
 
         Args:
-            hessian: `X^T X`, `[in_features, in_features]` float32, in any scale; not changed.
+            hessian: `X^T X`, `[in_features, in_features]` float32, in any scale; given away: what
+                is returned may lie in its memory.
+            warn: is told what had to be done to a Hessian that could not be used as it is.
 
         Raises:
             RilqError: the Hessian cannot be used.

@@ -1,5 +1,6 @@
 """GPTQ: round column by column, and let the columns still to come make up for the error."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,10 @@ from rilq.converter.quantizers.grid import (
     as_groups,
     nearest_codes,
 )
+from rilq.converter.quantizers.inverse_factor import inverse_factor
 from rilq.converter.quantizers.lsq import start_grid
-from rilq.errors import OptionError, RilqError
+from rilq.errors import OptionError
 from rilq.formats.spec import QuantizedLinear, QuantSpec
-
-LARGEST_DAMPING = 1.0  # beyond it the Hessian says little more than its mean diagonal
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class GptqQuantizer:
     name = "gptq"
     needs_hessian = True
 
-    def prepare(self, hessian: Tensor) -> Tensor:
+    def prepare(self, hessian: Tensor, warn: Callable[[str], None]) -> Tensor:
         """The factor that `quantize` takes; see `inverse_factor`.
 
         Raises:
             RilqError: the Hessian is not finite, or not positive definite even when damped.
         """
-        return inverse_factor(hessian.to(torch.float32), self.damping)
+        return inverse_factor(hessian.to(torch.float32), self.damping, warn)
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, prepared: Tensor | None = None
@@ -117,51 +117,3 @@ class GptqQuantizer:
         # An error at column j costs error^2 / U[j, j]^2 once later columns have made up for it.
         importance = diagonal.reciprocal().square()
         return start_grid(group, spec, self.clip, (importance / importance.mean())[None])
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper triangular `U` with `inverse(H + damping) = U^T U`.
-
-    Row `j` of `U`, divided by its diagonal, says how the error of column `j` is best made up
-    for by the columns after it, once the columns before are fixed. It comes from one Cholesky
-    of `H` read backwards and one triangular inverse: the inverse itself is never formed.
-
-    Args:
-        hessian: `[in_features, in_features]` float32, positive semidefinite, in any scale.
-        damping: in parts of the mean diagonal; raised tenfold, up to 1, where it is too little.
-
-    Returns:
-        `[in_features, in_features]` float32.
-
-    Raises:
-        RilqError: the Hessian is not finite, or not positive definite at the largest damping.
-    """
-    # Of the widest linear this matrix is the largest thing in memory: at most four are alive.
-    extremes = torch.stack(torch.aminmax(hessian))
-    if not bool(torch.isfinite(extremes).all()):
-        raise RilqError(
-            f"Hessian {list(hessian.shape)}: expected finite sums, found NaN or infinity\n"
-            "  the layer's inputs overflow; try --dtype float32 or bfloat16"
-        )
-    mean = float(hessian.diagonal().mean(dtype=torch.float64))
-    if mean == 0:
-        return torch.eye(len(hessian), dtype=torch.float32, device=hessian.device)
-    # Scaled to a mean diagonal of 1, so that sums of any size stay within float32.
-    backward = hessian.flip(0, 1).div_(abs(mean))
-    diagonal = backward.diagonal().clone()
-    while damping <= LARGEST_DAMPING:
-        backward.diagonal().copy_(diagonal + damping)
-        factor, failed = torch.linalg.cholesky_ex(backward)
-        if not int(failed):
-            del backward
-            upper = factor.flip(0, 1)  # H = upper @ upper.T
-            del factor
-            identity = torch.eye(len(upper), dtype=torch.float32, device=upper.device)
-            inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-            return inverse
-        damping *= 10
-    raise RilqError(
-        f"Hessian {list(hessian.shape)}: not positive definite, even with {LARGEST_DAMPING:g} "
-        "times its mean diagonal added\n"
-        "  check the calibration text, or use --quantizer rtn"
-    )

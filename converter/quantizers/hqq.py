@@ -1,5 +1,6 @@
 """Half-quadratic quantization: zero-points for an error with few large values, without data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class HqqQuantizer:
     name = "hqq"
     needs_hessian = False
 
-    def prepare(self, hessian: Tensor) -> Tensor:
+    def prepare(self, hessian: Tensor, warn: Callable[[str], None]) -> Tensor:
         """Nothing: the Hessian is not looked at."""
         return hessian
 

@@ -1,5 +1,6 @@
 """Least squares: the scale and the real-valued zero-point that fit each group's weights best."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +66,9 @@ class LsqQuantizer:
     name = "lsq"
     needs_hessian = True
 
-    def prepare(self, hessian: Tensor) -> Tensor:
+    def prepare(self, hessian: Tensor, warn: Callable[[str], None]) -> Tensor:
         """The diagonal of the Hessian, `[in_features]`."""
-        return hessian.diagonal().to(torch.float32)
+        return hessian.diagonal().to(torch.float32, copy=True)  # a view would keep all of it
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, prepared: Tensor | None = None

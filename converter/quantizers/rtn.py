@@ -1,5 +1,6 @@
 """Round to nearest: each group by itself, no data. Plain, it is the zero of every gap figure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class RtnQuantizer:
     name = "rtn"
     needs_hessian = False
 
-    def prepare(self, hessian: Tensor) -> Tensor:
+    def prepare(self, hessian: Tensor, warn: Callable[[str], None]) -> Tensor:
         """Nothing: the Hessian is not looked at."""
         return hessian
 

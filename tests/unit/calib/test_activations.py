@@ -1,16 +1,20 @@
 """Hidden states on disk: what is read is what was written, and nothing partial is ever there."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
 
+from rilq.calib import activations
 from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
-from rilq.errors import RilqError
+from rilq.errors import OutputError, RilqError
 
 SHAPE = (5, 3, 4)
 
@@ -91,6 +95,61 @@ def test_exception_in_the_block_leaves_the_older_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert ActivationStore(tmp_path / "h", SHAPE, torch.float32).verify(digest)
     assert [path.name for path in tmp_path.iterdir()] == ["h"]
+
+
+def test_batches_wait_to_be_written_up_to_a_bound_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, begun, appended = threading.Event(), threading.Event(), []
+    row = _values()[:1]
+    monkeypatch.setattr(activations, "WRITE_BEHIND", 2 * row.nbytes)
+
+    class Slow(ActivationWriter):
+        def _write(self, *args: Any) -> None:
+            begun.set()
+            assert go.wait(10)
+            super()._write(*args)
+
+    def write() -> None:
+        with Slow(tmp_path / "h", SHAPE, torch.float32) as writer:
+            for each in _values().split(1):
+                writer.append(each)
+                appended.append(len(writer._behind))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert begun.wait(10)
+    time.sleep(0.05)
+    assert appended == [1, 2]  # one in the writing thread's hands, one behind it
+    go.set()
+    thread.join(10)
+    assert torch.equal(ActivationStore(tmp_path / "h", SHAPE, torch.float32).read(0, 5), _values())
+
+
+def test_a_full_disk_met_in_the_background_is_named(tmp_path: Path) -> None:
+    class Full(ActivationWriter):
+        def _write(self, *args: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(OutputError, match=f"{tmp_path / 'h'}: cannot be written: No space left"),
+        Full(tmp_path / "h", SHAPE, torch.float32) as writer,
+    ):
+        writer.append(_values())
+    assert not list(tmp_path.iterdir())
+    assert not [t for t in threading.enumerate() if t.name.startswith("rilq-write")]
+
+
+def test_what_is_written_reaches_the_disk_while_more_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(activations, "_SYNC", 2 * _values()[:1].nbytes)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    with ActivationWriter(tmp_path / "h", SHAPE, torch.float32) as writer:
+        for each in _values().split(1):
+            writer.append(each)
+    assert synced[:3] == [96, 192, 240]  # after two rows, after two more, and at the end
 
 
 def test_too_few_rows_leave_nothing(tmp_path: Path) -> None:

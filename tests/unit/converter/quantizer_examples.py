@@ -58,7 +58,7 @@ def quantized(
     """What any quantizer makes of a linear whose inputs have that Hessian."""
     if isinstance(quantizer, LayerQuantizer):
         return quantizer.quantize_layer(layer_task(weight, spec, hessian))["linear"]
-    return quantizer.quantize(weight, spec, quantizer.prepare(hessian))
+    return quantizer.quantize(weight, spec, quantizer.prepare(hessian, lambda text: None))
 
 
 def values(linear: QuantizedLinear) -> Tensor:

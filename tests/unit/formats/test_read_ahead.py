@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 
-from rilq.errors import HubError
+from rilq.errors import HubError, RilqError, Stopped
 from rilq.formats.read_ahead import ReadAhead, reading_ahead
 
 
@@ -138,6 +138,58 @@ def test_a_file_that_nobody_announced_is_fetched_and_dropped_with_its_step() -> 
         assert "x" in shelf.held
         ahead.advance()
         assert "x" not in shelf.held
+
+
+def in_thread(ahead: ReadAhead, name: str, seen: list[object]) -> Thread:
+    def wait() -> None:
+        try:
+            ahead.wait_for(name)
+            seen.append(name)
+        except RilqError as err:
+            seen.append(type(err))
+
+    thread = Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_file_of_a_later_step_comes_when_there_is_room_without_breaking_it() -> None:
+    shelf = Shelf(room=1)
+    seen: list[object] = []
+    with reading("a b", shelf) as ahead:
+        ahead.wait_for("a")
+        thread = in_thread(ahead, "b", seen)
+        time.sleep(0.05)
+        assert shelf.held == {"a"} and not seen
+        ahead.advance()
+        thread.join(10)
+        assert seen == ["b"] and shelf.held == {"b"}
+    assert shelf.most == 1
+
+
+def test_a_failure_that_somebody_ahead_waits_through_counts_only_when_it_is_needed() -> None:
+    shelf = Shelf()
+    shelf.failures = {"b": 1}
+    seen: list[object] = []
+    with reading("a b", shelf) as ahead:
+        ahead.wait_for("a")
+        thread = in_thread(ahead, "b", seen)
+        until(lambda: "get b" in shelf.log)
+        time.sleep(0.05)
+        assert not seen
+        ahead.advance()
+        thread.join(10)
+        assert seen == ["b"]
+
+
+def test_leaving_ends_the_wait_for_a_file_of_a_later_step() -> None:
+    seen: list[object] = []
+    with reading("a b", Shelf(room=1)) as ahead:
+        ahead.wait_for("a")
+        thread = in_thread(ahead, "b", seen)
+        time.sleep(0.02)
+    thread.join(10)
+    assert seen == [Stopped]
 
 
 def test_leaving_ends_the_thread_though_files_are_wanted() -> None:
