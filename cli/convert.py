@@ -32,7 +32,7 @@ from rilq.cli.options import (
     Revision,
     option,
 )
-from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.cli.session import is_first, reporting, stoppable, user_errors
 from rilq.cli.tables import plan_table, show_plan, show_push
 from rilq.errors import OptionError
 
@@ -383,7 +383,7 @@ def convert(
         )
         if result.pushed is not None:
             show_push(result.pushed, report)
-    if as_json:
+    if as_json and is_first():
         print(json.dumps({
             "output": str(result.output),
             "already_done": result.already_done,
