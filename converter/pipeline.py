@@ -204,9 +204,9 @@ def _open_work(job: Job, fingerprint: dict[str, Any], report: Reporter) -> Itera
         if work.records:
             report.note(f"continuing after {work.last_unit} of {options.work}")
             check_source(job.checkpoint, work)
-            if (begun := _processes(work)) != ranks.count:
+            if (before := _processes(work)) != ranks.count:
                 report.note(
-                    f"begun with {begun} processes, going on with {ranks.count}: the result is "
+                    f"begun with {before} processes, going on with {ranks.count}: the result is "
                     "that of an unbroken run but for rounding"
                 )
         if ranks.several:
