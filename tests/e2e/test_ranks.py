@@ -268,7 +268,8 @@ def test_other_commands_are_refused(together: Any, tiny_llama: Path) -> None:
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--nproc-per-node", "2"),
-    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+    # Without --multi_gpu, accelerate starts one process where there is no GPU.
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
 }
 
 
