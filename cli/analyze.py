@@ -66,7 +66,7 @@ def analyze(
     device: Device = "auto",
     dtype: Dtype = "auto",
     student: Annotated[
-        str, option(MACHINE, "Weights while training: auto, dense or packed.")
+        str, option(MACHINE, "Weights while training: auto, dense, packed or offload.")
     ] = "auto",
     output_dir: Annotated[
         Path | None, option(OUT, "(default: <model>-analysis)", "--output-dir", "-o")

@@ -33,6 +33,7 @@ from rilq.cli.options import (
     option,
 )
 from rilq.cli.session import is_first, reporting, stoppable, user_errors
+from rilq.cli.summary import show_conversion
 from rilq.cli.tables import plan_table, show_plan, show_push
 from rilq.errors import OptionError
 
@@ -212,7 +213,7 @@ def convert_options(
     device: Device = "auto",
     dtype: Dtype = "auto",
     student: Annotated[
-        str, option(MACHINE, "Weights while training: auto, dense or packed.")
+        str, option(MACHINE, "Weights while training: auto, dense, packed or offload.")
     ] = "auto",
     micro_batch: Annotated[
         str,
@@ -222,6 +223,9 @@ def convert_options(
             "free memory; halved, once, where a GPU's memory runs out all the same.",
         ),
     ] = "auto",
+    device_memory: Annotated[
+        str | None, option(MACHINE, "Use no more of a GPU's memory than this, such as 24GB.")
+    ] = None,
     evict: Annotated[
         bool,
         option(
@@ -289,6 +293,7 @@ def convert_options(
         dtype=dtype,
         student=student,
         micro_batch=_rows_at_once(micro_batch),
+        device_memory=device_memory,
         evict=evict,
         max_disk=max_disk,
         max_shard_size=max_shard_size,
@@ -351,6 +356,10 @@ def convert(
         list[str] | None,
         option(OUT, "Also write <output>-<kind>, as `rilq export --to` does; repeatable."),
     ] = None,
+    page: Annotated[
+        bool,
+        option(OUT, "Also write <output>.report.html, a page to look at.", "--report/--no-report"),
+    ] = True,
     db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -363,6 +372,9 @@ def convert(
         stoppable(f"state is in {options.work}"),
         reporting(quiet, log_file, options.work) as report,
     ):
+        from rilq.evaluation.report.page import page_beside
+
+        place = page_beside(options.output) if page else None
         pushing = None
         if push_to is not None:
             pushing = rilq.PushOptions(
@@ -379,11 +391,14 @@ def convert(
             planned=lambda plan: show_plan(plan, report),
             exports={kind: _beside(options.output, kind) for kind in export or ()},
             push=pushing,
+            page=place,
             db=db,
         )
         if result.pushed is not None:
             show_push(result.pushed, report)
-    if as_json and is_first():
+    if not is_first():
+        return
+    if as_json:
         print(json.dumps({
             "output": str(result.output),
             "already_done": result.already_done,
@@ -393,6 +408,8 @@ def convert(
             "exports": [each.as_dict() for each in result.exports],
             "pushed": result.pushed and result.pushed.as_dict(),
         }, default=str))  # fmt: skip
+    elif not quiet:
+        show_conversion(result, options.model, place, Console(stderr=True, highlight=False))
 
 
 @app.command()

@@ -64,7 +64,7 @@ class AnalyzeOptions:
             problems.append(f"--scopes {', '.join(unknown)}: expected some of {', '.join(SCOPES)}")
         if self.quantizer not in ("rtn", "nf2"):
             problems.append(f"--quantizer {self.quantizer}: expected rtn or nf2")
-        elif self.quantizer == "nf2" and (self.bits != 2 or self.student == "packed"):
+        elif self.quantizer == "nf2" and (self.bits != 2 or self.student in ("packed", "offload")):
             problems.append("--quantizer nf2: has 2 bits, and is simulated in a dense student only")
         if self.windows < 1:
             problems.append(f"--windows {self.windows}: expected at least 1")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rilq.calib.activations import ActivationStore
@@ -31,6 +30,7 @@ from rilq.converter.analysis_plot import plot
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.initial import set_values
 from rilq.converter.layers import StreamedModel
+from rilq.converter.loss import next_token_loss
 from rilq.converter.pipeline import Job, base_name, prepare
 from rilq.converter.plan import check_fits
 from rilq.converter.quantizers import build_quantizer
@@ -69,22 +69,8 @@ def analyze(options: AnalyzeOptions, report: Reporter) -> Analysis:
             found = _Analyzer(options, job, work, rows, held_out, report).run()
     write_bytes(options.output / JSON_NAME, (json.dumps(found.as_dict(), indent=2) + "\n").encode())
     write_bytes(options.output / TABLE_NAME, as_markdown(found).encode())
-    _plot(found, options.output, report)
+    write_bytes(options.output / PLOT_NAME, plot(found))
     return found
-
-
-def _plot(found: Analysis, output: Path, report: Reporter) -> None:
-    """Write the figure, if matplotlib is there; an older one must not stand beside new numbers."""
-    (output / PLOT_NAME).unlink(missing_ok=True)
-    try:
-        image = plot(found)
-    except ImportError as err:
-        report.warn(
-            f"no {PLOT_NAME}: {err}\n  pip install rilq[plot], and run again; the table and "
-            f"{JSON_NAME} are complete"
-        )
-        return
-    write_bytes(output / PLOT_NAME, image)
 
 
 class _Analyzer:
@@ -296,13 +282,11 @@ def held_out_figures(
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch].to(device)
         hidden = student.states(part)[1]
-        logits = student.logits(hidden)
-        predicted, true = logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()
-        total += F.cross_entropy(predicted, true, reduction="sum").item()
+        total += next_token_loss(student, hidden, part).item() * len(part)
         wanted = targets.read(first + start, first + start + len(part)).to(device).float()
         apart += (hidden.float() - wanted).square().sum().item()
         norm += wanted.square().sum().item()
-    loss = total / (len(tokens) * (tokens.shape[1] - 1))
+    loss = total / len(tokens)
     if not loss < 700:  # exp ends near 709; NaN is not below anything
         raise RilqError(
             f"held-out text: the loss is {loss} nats per token\n  run again with --dtype float32"

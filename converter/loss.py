@@ -108,6 +108,40 @@ def loss_terms(
     return found
 
 
+def next_token_loss(model: Model, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of the next token, mean over all that have one; a scalar in float32.
+
+    Args:
+        hidden: states that feed the head, `[rows, seq_len, hidden]`.
+        tokens: `[rows, seq_len]`.
+    """
+    return _head_terms(model, hidden, hidden, tokens, ["ce"])["ce"]
+
+
+@torch.no_grad()
+def logit_differences(model: Model, first: Tensor, second: Tensor) -> tuple[float, float]:
+    """The largest and the mean absolute difference between the logits of two sets of states.
+
+    Args:
+        first, second: states that feed the head, `[..., hidden]`, on the model's device.
+    """
+    device, width = first.device, first.shape[-1]
+    size = chunk_size(model)
+    largest, total = torch.zeros((), device=device), torch.zeros((), device=device).double()
+    for one, two in zip(
+        first.reshape(-1, width).split(size), second.reshape(-1, width).split(size), strict=True
+    ):
+        apart = (model.logits(one) - model.logits(two)).abs()
+        largest = torch.maximum(largest, apart.max())  # NaN stays NaN
+        total += apart.sum(dtype=torch.float64)
+    return largest.item(), total.item() / (first.numel() // width * model.vocabulary)
+
+
+def chunk_size(model: Model) -> int:
+    """Positions whose logits may exist at once."""
+    return max(1, LOGITS // model.vocabulary)
+
+
 def _head_terms(
     model: Model, hidden: Tensor, target: Tensor, tokens: Tensor, wanted: Sequence[Term]
 ) -> dict[Term, Tensor]:
@@ -116,7 +150,7 @@ def _head_terms(
     # The last position of a row predicts no token of it.
     labels = F.pad(tokens[:, 1:], (0, 1), value=-100).flatten()
     hidden, target = hidden.reshape(-1, width), target.reshape(-1, width)
-    size = max(1, LOGITS // model.vocabulary)
+    size = chunk_size(model)
 
     def chunk(hidden: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         logits = model.logits(hidden)

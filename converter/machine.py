@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from rilq.errors import OptionError, RilqError, one_line
+from rilq.formats.writer import parse_size
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,14 @@ class Machine:
     name: str
 
 
-def measure_machine(device: str) -> Machine:
+def measure_machine(device: str, *, limit: str | None = None) -> Machine:
     """Look at `device` ("auto", "cpu", "cuda", "cuda:1") and time a matrix product on it.
 
+    Args:
+        limit: most of the device's memory that torch may allocate, from here on.
+
     Raises:
-        OptionError: no such device.
+        OptionError: no such device, or one whose memory is not limited.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,10 +60,13 @@ def measure_machine(device: str) -> Machine:
         raise OptionError(
             f"--device {device}: cannot be used: {one_line(err)}\n  use --device cpu"
         ) from err
+    if limit is not None:
+        _limit_memory(where, limit)
     _settle_vector_functions()
     host_free = psutil.virtual_memory().available
     if where.type == "cuda":
         free, _ = torch.cuda.mem_get_info(where)
+        free = free if limit is None else min(free, parse_size(limit))
         name, dtype = torch.cuda.get_device_name(where), torch.bfloat16
     else:
         free, dtype = None, torch.float32
@@ -68,6 +75,17 @@ def measure_machine(device: str) -> Machine:
     flops = 2 * 1024**3 / _seconds(lambda: left @ left, where)
     bandwidth = 2 * left.nbytes / _seconds(lambda: left + 1, where)
     return Machine(where, dtype, host_free, free, flops, bandwidth, name)
+
+
+def _limit_memory(where: torch.device, limit: str) -> None:
+    """Have torch allocate no more than `limit` of the memory of a GPU."""
+    if where.type != "cuda":
+        raise OptionError(
+            f"--device-memory {limit}: on {where} there is only the host's memory\n"
+            "  leave it out; to limit the host's, use ulimit or a cgroup"
+        )
+    _, total = torch.cuda.mem_get_info(where)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, parse_size(limit) / total), where)
 
 
 def _settle_vector_functions() -> None:
@@ -101,7 +119,7 @@ _EXHAUSTED = ("can't allocate memory", "not enough memory", "bad_alloc", "start 
 @contextmanager
 def memory_errors_explained(
     state: Callable[[], str],
-    less: str = "with a lower --seqlen, --batch-size or --micro-batch, or with --student packed",
+    less: str = "with a lower --seqlen, --batch-size or --micro-batch, or with --student offload",
 ) -> Iterator[None]:
     """Say in one screen that memory ran out, and where.
 

@@ -16,7 +16,7 @@ from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantSpec
 AdapterKind = Literal["pooled", "lora"]
 AdapterInit = Literal["zero", "loftq", "eora"]
 Clip = Literal["none", "search", "lsq"]
-Tier = Literal["dense", "packed"]
+Tier = Literal["dense", "packed", "offload"]
 Train = Literal["none", "adapters", "scales", "adapters+scales", "all", "all+codes"]
 Target = Literal["post-norm", "pre-norm", "logits"]
 Schedule = Literal["decay", "constant"]
@@ -120,6 +120,7 @@ class ConvertOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     student: Tier | Literal["auto"] = "auto"
     micro_batch: int | None = None
+    device_memory: str | None = None
     # the source's shards on disk, where it is on the Hub
     evict: bool = False
     max_disk: str | None = None
@@ -214,7 +215,7 @@ class ConvertOptions:
         """Every option that has an effect on the result, as JSON values without any path."""
         without = {
             "model", "revision", "dataset", "output_dir", "work_dir", "resume", "keep_work",
-            "device", "dtype", "student", "micro_batch", "evict", "max_disk",
+            "device", "dtype", "student", "micro_batch", "device_memory", "evict", "max_disk",
         }  # fmt: skip
         values = {k: v for k, v in asdict(self).items() if k not in without}
         values["bits_for"] = dict(self.bits_for)
@@ -273,7 +274,7 @@ def _check(options: ConvertOptions) -> None:
         "schedule": ("decay", "constant"),
         "adapter_init": ("zero", "loftq", "eora"),
         "dtype": ("auto", "float32", "bfloat16", "float16"),
-        "student": ("auto", "dense", "packed"),
+        "student": ("auto", "dense", "packed", "offload"),
         "resume": ("auto", "never", "required"),
     }
     for key, values in allowed.items():
@@ -322,6 +323,11 @@ def _training_problems(o: ConvertOptions) -> list[str]:
         problems.append(
             f"--train {o.train}: a plain LoRA stays beside a base that does not change\n"
             "  use --train adapters, or --adapter pooled"
+        )
+    if o.student == "offload" and o.train == "all+codes":
+        problems.append(
+            "--student offload, --train all+codes: trained codes have 16 bytes of state per "
+            "weight, which is not offloaded\n  use --student packed, or --train all"
         )
     try:
         terms = o.loss_weights

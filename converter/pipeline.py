@@ -30,7 +30,7 @@ from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
-from rilq.converter.loss import Loss
+from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
@@ -121,12 +121,19 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
             f"--evict, --max-disk: not with {ranks.count} processes, which would delete shards "
             "that others still read\n  leave them out, or convert in one process"
         )
+    if options.device_memory is not None:
+        parse_size(options.device_memory)
     source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
+    if ranks.several and source.commit is not None:  # into the cache that a machine's processes share
+        if ranks.local_index == 0:
+            for shard in checkpoint.shards:
+                source.path(shard)
+        ranks.wait()
     if options.rotate:
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
-    machine = _measure(options.device, ranks)
+    machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
     plan = make_plan(streamed, options, machine)
@@ -135,11 +142,11 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     return Job(options, checkpoint, streamed, plan, ranks)
 
 
-def _measure(device: str, ranks: Ranks) -> Machine:
+def _measure(options: ConvertOptions, ranks: Ranks) -> Machine:
     """The machine; of several processes, with this one's device and part of the host's memory."""
     if ranks.device is None:
-        return measure_machine(device)
-    machine = measure_machine(str(ranks.device))
+        return measure_machine(options.device, limit=options.device_memory)
+    machine = measure_machine(str(ranks.device), limit=options.device_memory)
     return replace(machine, host_free=machine.host_free // ranks.local_count)
 
 
@@ -480,7 +487,7 @@ class _Conversion:
         if self._merging:
             sample = tokens[-validation:][:COMPARED_ROWS].to(self.streamed.device)
             with torch.no_grad():
-                before = student(sample).cpu()
+                before = student.states(sample)[1]
             del student, trainer
             parts = QuantizedParts(self.work, self.layers, best, self.adapter_spec, bits=self.bits)
             merged = self._student(parts, quantization, train="none")
@@ -499,10 +506,17 @@ class _Conversion:
         tokens: Tensor,
         validation: int,
         stored: Student,
-    ) -> tuple[Tensor, float]:
-        """How far a stored student's logits are from those `before`; its validation loss."""
+    ) -> tuple[tuple[float, float], float]:
+        """How far a stored student's logits are from the trained one's; its validation loss.
+
+        Args:
+            before: the trained student's states on `sample`; both have the same head.
+
+        Returns:
+            The largest and the mean difference, and the loss.
+        """
         with torch.no_grad():
-            apart = (stored(sample).cpu() - before).abs()
+            apart = logit_differences(stored, before, stored.states(sample)[1])
         losses = validation_losses(
             stored,
             tokens,
@@ -515,10 +529,10 @@ class _Conversion:
         )
         return apart, losses["total"]
 
-    def _merge_figures(self, apart: Tensor, loss: float) -> dict[str, Any]:
+    def _merge_figures(self, apart: tuple[float, float], loss: float) -> dict[str, Any]:
         figures = {
-            "merge_max_logit_difference": apart.max().item(),
-            "merge_mean_logit_difference": apart.mean().item(),
+            "merge_max_logit_difference": apart[0],
+            "merge_mean_logit_difference": apart[1],
             "validation_loss_merged": loss,
         }
         self.report.note(
@@ -532,21 +546,21 @@ class _Conversion:
         self,
         best: Mapping[str, Tensor],
         quantization: RilqConfig,
-        measured: Callable[[Student], tuple[Tensor, float]],
+        measured: Callable[[Student], tuple[tuple[float, float], float]],
     ) -> dict[str, Any]:
         """The integer base as it will be stored, with its adapter beside it and alone."""
         parts = self._integer_base(best)
         beside = self._student(parts, quantization, train="adapters")
         set_values(beside.trained, {n: best[n] for n in beside.trained})
-        apart, loss = measured(beside)
+        (apart, _), loss = measured(beside)
         del beside
         alone = measured(self._student(parts, quantization, train="none"))[1]
         self.report.note(
             f"kept: integer base and adapter: validation loss {loss:.4f}, logits differ from the "
-            f"trained ones by at most {apart.max().item():.2g}; the base alone {alone:.4f}"
+            f"trained ones by at most {apart:.2g}; the base alone {alone:.4f}"
         )
         return {
-            "kept_max_logit_difference": apart.max().item(),
+            "kept_max_logit_difference": apart,
             "validation_loss_kept": loss,
             "validation_loss_integer_base": alone,
         }

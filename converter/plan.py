@@ -32,16 +32,19 @@ from rilq.converter.options import (
     DEFAULT_ROWS,
     DEFAULT_SEQLEN,
     LAYER_QUANTIZERS,
+    MOST_AVERAGE_BITS,
     ConvertOptions,
     Tier,
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
+from rilq.converter.tiers import COPIES, OffloadSizes, pinned_bytes
 from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
 from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import CHUNK
+from rilq.formats.shard import TensorInfo
 from rilq.formats.spec import GROUP_SIZES, QuantSpec
 from rilq.progress import gigabytes
 
@@ -211,6 +214,7 @@ def make_plan(
     item = getattr(torch, choices.dtype).itemsize
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
     peak = max(stream, train if options.trains != "none" else 0) + FIXED
+    host = max(sizes.host_bytes(item, choices), sizes.train_host_bytes(choices)) + FIXED
     on_cpu = machine.device_free is None
     beside = _beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
@@ -234,7 +238,7 @@ def make_plan(
         validation_rows=validation,
         choices=choices,
         read_bytes=_read_bytes(streamed),
-        host_bytes=(peak if on_cpu else sizes.host_bytes(item, choices) + FIXED) + rotating,
+        host_bytes=(peak if on_cpu else host) + rotating,
         device_bytes=None if on_cpu else peak,
         host_free=machine.host_free,
         device_free=machine.device_free,
@@ -268,7 +272,7 @@ def check_fits(plan: Plan) -> None:
         if needed > free:
             raise OptionError(
                 f"{what}: {gigabytes(needed)} needed, {gigabytes(free)} free\n"
-                "  lower --seqlen, --batch-size or --micro-batch, use --student packed, or train "
+                "  lower --seqlen, --batch-size or --micro-batch, use --student offload, or train "
                 "less (--train scales, or --rank 0)"
             )
 
@@ -280,6 +284,7 @@ class _Sizes:
     layers: int
     layer_values: int  # parameters of the largest decoder layer
     layer_bytes: int
+    layer_page_locked: int  # the same in page-locked memory
     outer_values: int
     outer_bytes: int
     outer_packed: int  # weights of embedding and head that are quantized
@@ -295,6 +300,7 @@ class _Sizes:
     quantized_bits: int
     output_bytes: int
     trained_values: int
+    offload: OffloadSizes
     trains_scales: bool
     trains_codes: bool
     rows: int
@@ -324,10 +330,14 @@ class _Sizes:
         bits, outer_bits = _stored_bits(quantized, options.avg_bits), _stored_bits(packed_outer)
         head_size = streamed.config.vocab_size * streamed.config.hidden_size
         adapters = AdapterSpec(options.adapter, max(1, options.rank), options.alpha, options.seed)
+        outer_stored = outer_bits // 8 + sum(tensors[n].nbytes for n in outer if n not in weights)
         return cls(
             layers=len(layers),
             layer_values=max(_values(streamed, names) for names in layers),
             layer_bytes=max(checkpoint.nbytes(names) for names in layers),
+            layer_page_locked=max(
+                sum(_page_locked(tensors[n].nbytes) for n in names) for names in layers
+            ),
             outer_values=_values(streamed, outer),
             outer_bytes=checkpoint.nbytes(outer),
             outer_packed=sum(p.out_features * p.in_features for p in packed_outer),
@@ -341,11 +351,11 @@ class _Sizes:
             vocabulary=streamed.config.vocab_size,
             quantized_weights=_weights(quantized),
             quantized_bits=bits,
-            output_bytes=(bits + outer_bits) // 8
-            + sum(
-                tensors[n].nbytes for names in (outer, *layers) for n in names if n not in weights
-            ),
+            output_bytes=bits // 8
+            + outer_stored
+            + sum(tensors[n].nbytes for names in layers for n in names if n not in weights),
             trained_values=sum(_trained_values(p, options, adapters) for p in quantized),
+            offload=_offload_sizes(outer_stored, layers, tensors, quantized, options, adapters),
             trains_scales=options.trains in ("scales", "adapters+scales", "all", "all+codes"),
             trains_codes=options.trains == "all+codes",
             rows=rows,
@@ -369,14 +379,15 @@ class _Sizes:
     def host_bytes(self, item: int, choices: Choices) -> int:
         """Beside a GPU: what is outer; layers as stored; hidden states on their way.
 
-        Of layers these are the one at work and what is saved of it, and the next one as it is read
-        and in page-locked memory; of states those to be written, and two batches each of teacher
-        and student.
+        In page-locked memory, the layer at work and the next one, states to be written, and two
+        batches each of teacher and student; elsewhere what is saved of the layer at work, and the
+        next one as it is read.
         """
         outer = self.outer_bytes + self.outer_packed_bytes
         batch = choices.batch_rows * self.seqlen * self.hidden * item
-        states = self.written_behind(item, choices) + 4 * batch
-        return self.layer_bytes * 4 + outer + self.layer_alternatives + states
+        states = (4 + max(1, WRITE_BEHIND // batch)) * _page_locked(batch)
+        layers = 2 * self.layer_page_locked + 2 * self.layer_bytes
+        return layers + outer + self.layer_alternatives + states
 
     @property
     def layer_alternatives(self) -> int:
@@ -428,13 +439,17 @@ class _Sizes:
 
     def train_bytes(self, item: int, choices: Choices) -> int:
         """Weights, what is trained with Adam and the best copy, activations, logits."""
-        weights = self.output_bytes + self.packed_head * item
+        weights = self.output_bytes
         if self.trains_codes or (choices.student == "dense" and self.trains_scales):
             # A byte for each code; where codes are trained, three float32 values for each.
             weights += self.quantized_weights + 3 * 4 * self.trained_values
         elif choices.student == "dense":
             weights = self.outer_values * item + self.layers * self.layer_values * item
             weights += self.outer_packed_bytes
+        weights += COPIES * 4 * self.trained_values
+        if choices.student == "offload":
+            on_cpu = choices.device == "cpu"
+            weights = self.offload.on_cpu() if on_cpu else self.offload.on_device()
         tokens = choices.micro_batch * self.seqlen
         width = self.hidden
         if not choices.recompute:  # every input of an operation; float32 copies in the norms
@@ -444,8 +459,17 @@ class _Sizes:
         logits = 8 * 4 * min(tokens * self.vocabulary, max(LOGITS, self.vocabulary))
         work = 3 * self.activations(choices.micro_batch, item)
         once = choices.student == "dense" and not self.trains_scales
-        dequantized = 0 if once else (5 if self.trains_scales else 2) * 4 * self.largest_linear
-        return weights + 7 * 4 * self.trained_values + kept + logits + work + dequantized
+        dequantized = 0 if once else 2 * 4 * self.largest_linear
+        if self.trains_scales:
+            dequantized += 5 * 4 * min(self.largest_linear, CHUNK)
+        head = 0 if once else self.packed_head * item
+        return weights + head + kept + logits + work + dequantized
+
+    def train_host_bytes(self, choices: Choices) -> int:
+        """Host memory beside a GPU while training."""
+        if choices.student == "offload":
+            return self.offload.on_host()
+        return 4 * self.trained_values  # the best ones so far
 
     def work_bytes(self, item: int, options: ConvertOptions) -> int:
         """Layers and outer tensors, four sets of states (or targets), two training states.
@@ -461,6 +485,11 @@ class _Sizes:
         return output + states + initial + trained + alternatives + (4 << 20)
 
 
+def _page_locked(nbytes: int) -> int:
+    """What torch takes of page-locked memory for a tensor: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
 def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: ConvertOptions) -> int:
     """What lies beside the checkpoint: a plain LoRA, or an integer base with its adapter."""
     if options.adapter == "lora":
@@ -473,17 +502,49 @@ def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: Con
 
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
     """Values that are trained for one linear."""
-    out, width, size = linear.out_features, linear.in_features, options.group_size
-    grid = out * (width // size)
-    of_adapter = parameter_count(adapters, out, width, size)
-    return {
-        "none": 0,
-        "adapters": of_adapter,
-        "scales": grid,
-        "adapters+scales": of_adapter + grid,
-        "all": 2 * grid,
-        "all+codes": 2 * grid + out * width,
-    }[options.trains]
+    out, width = linear.out_features, linear.in_features
+    values = _grid_values(linear, options)
+    if options.trains_adapters:
+        values += parameter_count(adapters, out, width, options.group_size)
+    return values + (out * width if options.trains == "all+codes" else 0)
+
+
+def _grid_values(linear: LinearPlan, options: ConvertOptions) -> int:
+    """Scales and minima that are trained for one linear."""
+    each = {"scales": 1, "adapters+scales": 1, "all": 2, "all+codes": 2}.get(options.trains, 0)
+    return each * linear.out_features * (linear.in_features // options.group_size)
+
+
+def _offload_sizes(
+    outer_stored: int,
+    layers: Iterable[list[str]],
+    tensors: Mapping[str, TensorInfo],
+    quantized: tuple[LinearPlan, ...],
+    options: ConvertOptions,
+    adapters: AdapterSpec,
+) -> OffloadSizes:
+    """Per decoder layer, upper bounds: with an average, any linear may have the most bits."""
+    linears = {f"{p.name}.weight": p for p in quantized}
+    stored, grids, values = [], [], 0
+    for names in layers:
+        own = [linears[n] for n in names if n in linears]
+        size = sum(tensors[n].nbytes for n in names if n not in linears)
+        for p in own:
+            assert p.spec is not None, "a quantized linear without a spec"
+            bits = p.spec.bits if options.avg_bits is None else MOST_AVERAGE_BITS
+            size += p.out_features * p.in_features * bits // 8
+            size += 4 * p.out_features * (p.in_features // p.spec.group_size)
+        stored.append(size)
+        grids.append([_grid_values(p, options) for p in own])
+        values += sum(_trained_values(p, options, adapters) for p in own)
+    return OffloadSizes(
+        outer_bytes=outer_stored,
+        layer_bytes=stored,
+        adapter_values=values - sum(map(sum, grids)),
+        grid_values=sum(map(sum, grids)),
+        layer_grid_values=max(map(sum, grids)),
+        pinned_grid_bytes=sum(pinned_bytes(4 * count) for each in grids for count in each),
+    )
 
 
 def _stored_bits(linears: Iterable[LinearPlan], average: float | None = None) -> int:
@@ -607,7 +668,11 @@ def _choose(
     dtype = options.dtype if options.dtype != "auto" else str(machine.dtype).rpartition(".")[2]
     item = getattr(torch, dtype).itemsize
     free = machine.device_free if machine.device_free is not None else machine.host_free
-    tiers: list[Tier] = ["dense", "packed"] if options.student == "auto" else [options.student]
+    tiers: list[Tier] = ["dense", "packed"]
+    if options.trains != "all+codes":  # whose state nothing but the device can hold
+        tiers.append("offload")
+    if options.student != "auto":
+        tiers = [options.student]
     micros = [m for m in range(options.batch_size, 0, -1) if options.batch_size % m == 0]
     if options.micro_batch is not None:
         micros = [min(options.micro_batch, options.batch_size)]
@@ -625,7 +690,7 @@ def _choose(
     chosen = fitting[0] if fitting else tries[-1]
     if machine.device_free is not None and options.micro_batch is None:
         chosen = _filled(chosen, lambda c: sizes.stream_bytes(item, c) + FIXED <= 0.8 * free)
-    if chosen.student == "packed":  # asked for, or needed, to save memory
+    if chosen.student != "dense":  # asked for, or needed, to save memory
         return chosen
     whole = replace(chosen, recompute=False)
     return whole if sizes.train_bytes(item, whole) + FIXED <= 0.4 * free else chosen

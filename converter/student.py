@@ -1,8 +1,9 @@
-"""The quantized model to train: 2-bit linears, whole in memory.
+"""The quantized model to train: transformers' modules over 2-bit linears.
 
-Two tiers hold the same weights: `packed` keeps the packed codes and dequantizes in every forward
+Three tiers hold the same weights: `packed` keeps the packed codes and dequantizes in every forward
 and backward pass; `dense` dequantizes them once or, where scales are trained, keeps a byte for each
-code; so do both where codes are trained. Their losses and gradients agree to float rounding.
+code; so do both where codes are trained. `offload` is `packed` with the decoder layers elsewhere
+(offload.py), but for adapters. Their losses and gradients agree to float rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,14 @@ from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.architecture import build_skeleton, decoder_layers
 from rilq.converter.layers import place_buffers, place_tensor
 from rilq.converter.merge import trained_grid
+from rilq.converter.offload import (
+    Homes,
+    Layers,
+    call_with,
+    elsewhere,
+    own_forward,
+    zeros_on_host,
+)
 from rilq.converter.options import Tier, Train
 from rilq.converter.quantizers.layerwise import round_through
 from rilq.formats.native import RilqConfig, RilqLinear, packed_linear
@@ -48,6 +57,10 @@ class TrainedLinear(nn.Module):
     are rounded in every forward pass, and merge into new codes. `t` and `d` start at zero
     and have no unit, so one learning rate serves weights of any size.
 
+    Args:
+        base: the linear as it is stored; its codes may be one byte each, as of `stored_codes`.
+        zeros: makes float32 zeros of a shape, where what is trained is to be.
+
     Attributes:
         log_scale: `t`, `[out_features, groups]` float32.
         offset: `d`, alike, in steps of the stored scale; None with an adapter or a fixed minimum.
@@ -58,47 +71,39 @@ class TrainedLinear(nn.Module):
 
     def __init__(
         self,
-        module: RilqLinear,
+        base: RilqLinear,
         *,
         offsets: bool,
         trains_codes: bool,
         adapter: Adapter | None,
-        tier: Tier,
+        zeros: Callable[[int, int], Tensor],
     ) -> None:
         super().__init__()
-        self.bits, self.bias = module.bits, module.bias
-        packed = tier == "packed" and not trains_codes
-        codes = module.weight if packed else stored_codes(module.weight, module.bits)
-        self.register_buffer("codes", codes.detach())
-        self.register_buffer("scale", module.weight_scale.float())
-        self.register_buffer("zero_point", module.zero_point.float())
-        zeros = torch.zeros_like(module.weight_scale, dtype=torch.float32)
-        self.log_scale = nn.Parameter(zeros)
-        self.offset = nn.Parameter(zeros.clone()) if offsets else None
+        self.base = base
+        grid = (base.out_features, base.in_features // base.group_size)
+        self.log_scale = nn.Parameter(zeros(*grid))
+        self.offset = nn.Parameter(zeros(*grid)) if offsets else None
         self.code_shift = (
-            nn.Parameter(torch.zeros_like(codes, dtype=torch.float32)) if trains_codes else None
+            nn.Parameter(zeros(base.out_features, base.in_features)) if trains_codes else None
         )
         self.adapter = adapter
 
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
     def forward(self, x: Tensor) -> Tensor:
         """`x W^T + bias`, `[..., in_features]` to `[..., out_features]`."""
+        base = self.base
         scale, zero_point = trained_grid(
-            self.scale,
-            self.zero_point,
+            base.weight_scale,
+            base.zero_point,
             log_scale=self.log_scale,
             offset=self.offset,
             shift=self.adapter.shift() if self.adapter else None,
         )
         if self.code_shift is None:
-            return packed_linear(x, self.codes, scale, zero_point, self.bias, self.bits)
-        codes = round_through((self.codes + self.code_shift).clamp(0, 2**self.bits - 1))
+            return packed_linear(x, base.weight, scale, zero_point, base.bias, base.bits)
+        codes = round_through((base.weight + self.code_shift).clamp(0, 2**base.bits - 1))
         groups = codes.unflatten(1, (scale.shape[1], -1))
         weight = (groups - zero_point[..., None]) * scale[..., None]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
         return F.linear(x, weight.flatten(1).to(x.dtype), bias)
 
 
@@ -113,11 +118,27 @@ class _Given(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
+class _Last:
+    """The last decoder layer's output, from its call until it is taken."""
+
+    def __init__(self) -> None:
+        self._output: Tensor | None = None
+
+    def keep(self, _layer: nn.Module, _args: object, output: Tensor | tuple[Tensor]) -> None:
+        """A forward hook."""
+        self._output = output[0] if isinstance(output, tuple) else output
+
+    def taken(self) -> Tensor:
+        output, self._output = self._output, None
+        assert output is not None, "the last decoder layer was not called"
+        return output
+
+
 class Student(nn.Module):
     """transformers' own model over quantized weights.
 
     A quantized embedding stays packed: only the rows of a batch are dequantized. A quantized head
-    is dequantized once in either tier: each batch needs all of it, in a temporary as large.
+    is dequantized once in every tier: each batch needs all of it, in a temporary as large.
 
     Args:
         config: of the source model.
@@ -126,11 +147,12 @@ class Student(nn.Module):
         outer: embedding, final norm, head by full name.
         train: what is trained of every quantized linear.
         adapters: of those that are trained; None for none.
-        tier: "dense" or "packed".
+        tier: "dense", "packed" or "offload".
         recompute: keep only each decoder layer's input for the backward pass, and run the layer
-            again there: a third more time, for a fraction of the memory.
+            again there: a third more time, for a fraction of the memory. Offloaded layers need it.
 
     Attributes:
+        device: where it computes. Offloaded layers have their trained scales in host memory.
         trained: what is trained, float32, by `<full name of the linear>.<part>`: `a` and `b` of
             an adapter, `log_scale`, `offset` and `code_shift` of a `TrainedLinear`.
         vocabulary: logits of each position.
@@ -151,16 +173,21 @@ class Student(nn.Module):
         recompute: bool = True,
     ) -> None:
         super().__init__()
+        assert tier != "offload" or (recompute and train != "all+codes"), "cannot be offloaded"
         self.model = build_skeleton(config, dtype, quantization)
-        self.vocabulary = int(config.vocab_size)
+        self.device, self.vocabulary = device, int(config.vocab_size)
         self.trained: dict[str, nn.Parameter] = {}
+        self._elsewhere: Layers | None = None
         prefix, layers = decoder_layers(self.model, config)
         for name, value in outer.items():
             place_tensor(self.model, name, value, device)
         self.model.tie_weights()  # type: ignore[operator]
         place_buffers(self.model, device)
+        homes = []
         for index, layer in enumerate(layers):
-            for name, value in read_layer(index).items():
+            tensors = read_layer(index)
+            homes.append(Homes(self.model, tensors))
+            for name, value in tensors.items() if tier != "offload" else ():
                 place_tensor(self.model, name, value, device)
             for path, module in list(layer.named_modules()):
                 if isinstance(module, RilqLinear):
@@ -168,13 +195,24 @@ class Student(nn.Module):
                     self.model.set_submodule(
                         full, self._linear(full, module, train, adapters, tier, dtype)
                     )
-            if recompute:
-                # Only the layer's input is kept; the backward pass computes the rest again.
-                layer.forward = partial(
-                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-                )
-        self._last: Tensor | None = None
-        layers[-1].register_forward_hook(self._keep_output)
+        if tier == "offload":
+            self._elsewhere = elsewhere(
+                list(layers),
+                lambda index: homes[index].named_in(layers[index], read_layer(index)),
+                device,
+            )
+        for index, layer in enumerate(layers) if recompute else ():
+            forward = (
+                own_forward(layer)
+                if self._elsewhere is None
+                else call_with(self._elsewhere, index, layer)
+            )
+            # Only the layer's input is kept; the backward pass computes the rest again.
+            layer.forward = partial(
+                checkpoint, forward, use_reentrant=False, preserve_rng_state=False
+            )
+        self._last = _Last()
+        layers[-1].register_forward_hook(self._last.keep)
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head, RilqLinear):
             self.model.set_output_embeddings(_dense(head, dtype))  # type: ignore[operator]
@@ -197,18 +235,20 @@ class Student(nn.Module):
                 out_features=module.out_features,
                 in_features=module.in_features,
                 group_size=module.group_size,
-                device=module.weight.device,
+                device=self.device,
             )
             self.trained |= {f"{name}.a": adapter.a, f"{name}.b": adapter.b}
         if train in ("none", "adapters"):
-            base = module if tier == "packed" else _dense(module, dtype)
+            base = _dense(module, dtype) if tier == "dense" else module
             return base if adapter is None else AdaptedLinear(base, adapter)
+        if tier == "dense" or train == "all+codes":
+            module.weight = nn.Parameter(stored_codes(module.weight, module.bits), False)
         linear = TrainedLinear(
             module,
             offsets=train in ("all", "all+codes"),
             trains_codes=train == "all+codes",
             adapter=adapter,
-            tier=tier,
+            zeros=partial(zeros_on_host if tier == "offload" else torch.zeros, device=self.device),
         )
         self.trained[f"{name}.log_scale"] = linear.log_scale
         if linear.offset is not None:
@@ -216,11 +256,6 @@ class Student(nn.Module):
         if linear.code_shift is not None:
             self.trained[f"{name}.code_shift"] = linear.code_shift
         return linear
-
-    def _keep_output(
-        self, _layer: nn.Module, _args: object, output: Tensor | tuple[Tensor]
-    ) -> None:
-        self._last = output[0] if isinstance(output, tuple) else output
 
     def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states before and after the final norm; the latter feed the head.
@@ -231,10 +266,10 @@ class Student(nn.Module):
         Returns:
             Twice `[rows, seq_len, hidden]`.
         """
+        if self._elsewhere is not None:
+            self._elsewhere.restart()
         out = self.model.base_model(input_ids=tokens, use_cache=False)  # type: ignore[operator]
-        before, self._last = self._last, None
-        assert before is not None, "the last decoder layer was not called"
-        return before, out.last_hidden_state
+        return self._last.taken(), out.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of states after the final norm.

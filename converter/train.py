@@ -128,7 +128,7 @@ class Trainer:
         self.options, self.validation = options, validation
         self.train_rows = len(tokens) - validation
         self.parameters = student.trained
-        self.device = next(iter(self.parameters.values())).device
+        self.device = student.device
         adapters: list[nn.Parameter] = []
         scales: list[nn.Parameter] = []
         codes: list[nn.Parameter] = []
@@ -141,7 +141,12 @@ class Trainer:
             (codes, rate_of(CODES_PATH, options.steps)),
         )
         self.optimizer = torch.optim.Adam(
-            [{"params": part, "peak": rate} for part, rate in rates if part], foreach=True
+            [
+                {"params": part, "peak": rate, **_implementation(part[0], self.device)}
+                for part, rate in rates
+                if part
+            ],
+            foreach=True,
         )
         self.progress = Progress()
         self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
@@ -169,8 +174,8 @@ class Trainer:
             if f"exp_avg.{name}" in tensors:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.progress.applied)),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device, copy=True),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device, copy=True),
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device, copy=True),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
                 }
 
     @torch.no_grad()
@@ -256,7 +261,7 @@ class Trainer:
                 yield partial(read, [drawn[place] for place in self.ranks.share(size)])
 
         for batch in prefetch(reads()):
-            yield [(t.to(self.device), h.to(self.device)) for t, h in batch]
+            yield [(t.to(self.device), h.to(self.device, non_blocking=True)) for t, h in batch]
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -293,6 +298,15 @@ class Trainer:
             f"again in a new one with a smaller --lr than {self.options.learning_rate:g} and a "
             f"smaller --scales-lr than {self.options.scales_learning_rate:g}"
         )
+
+
+def _implementation(parameter: Tensor, device: torch.device) -> dict[str, bool]:
+    """How Adam updates what is in host memory while the model is on a GPU.
+
+    There foreach would make temporaries as large as all that is trained, in one pass for each.
+    """
+    on_host = parameter.device.type != device.type
+    return {"foreach": False, "fused": True} if on_host else {}
 
 
 @torch.no_grad()

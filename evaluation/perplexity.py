@@ -47,6 +47,8 @@ from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter, SilentReporter
 
+DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

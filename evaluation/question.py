@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from rilq.errors import OptionError, printable
 from rilq.evaluation.rules import AGAINST_BASE
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.hub import open_source
@@ -70,7 +69,7 @@ def open_target(name: str) -> Target:
 
 def ask(
     targets: Collection[Target],
-    text: str | None,
+    text: str,
     text_key: str,
     seqlen: int | None,
     against: str | None,
@@ -78,16 +77,7 @@ def ask(
     dtype: str,
     report: Reporter,
 ) -> Question:
-    """What to measure, the base found.
-
-    Raises:
-        OptionError: there is no text.
-    """
-    if text is None:
-        raise OptionError(
-            f"{printable(next(iter(targets)).name)}: is measured on a text, and none is "
-            "named\n  pass --text with a file, wikitext2, c4, or owner/name on the Hub"
-        )
+    """What to measure, the base found."""
     commit = None
     if against == "none":
         against = None

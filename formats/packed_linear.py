@@ -55,13 +55,16 @@ def _group_gradients(
     grad: Tensor, x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of scale and zero-point, `[out, groups]` each, from W = scale * (code - zero)."""
-    out_features, groups = scale.shape
-    full = grad.flatten(0, -2).T.float() @ x.flatten(0, -2).float()  # dL/dW, [out, in]
-    codes = stored_codes(words, bits).float().view(out_features, groups, -1)
-    full = full.view(out_features, groups, -1)
-    by_scale = (full * (codes - zero_point.float()[..., None])).sum(-1)
-    by_zero = -scale.float() * full.sum(-1)
-    return by_scale.to(scale.dtype), by_zero.to(zero_point.dtype)
+    groups = scale.shape[1]
+    by_scale, by_zero = torch.empty_like(scale), torch.empty_like(zero_point)
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2).float()
+    for part in row_chunks(scale.shape[0], x.shape[1]):
+        full = grad[:, part].T.float() @ x  # dL/dW, [rows, in]
+        codes = stored_codes(words[part], bits).float().unflatten(1, (groups, -1))
+        full = full.unflatten(1, (groups, -1))
+        by_scale[part] = (full * (codes - zero_point[part].float()[..., None])).sum(-1)
+        by_zero[part] = -scale[part].float() * full.sum(-1)
+    return by_scale, by_zero
 
 
 def packed_linear(

@@ -16,12 +16,14 @@ with 3 bits, 32 codes fill 3 words and two of them straddle a boundary.
 """
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from rilq.errors import InputError
+from rilq.errors import InputError, one_line
 
 WORD = 32
 
@@ -124,7 +126,7 @@ def dequantize_packed(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`dequantize` of packed codes.
+    """`dequantize` of packed codes; on a GPU by a Triton kernel, where Triton works.
 
     Args:
         words: `[out_features, in_features * bits / 32]` int32, or the codes themselves, uint8, as
@@ -137,7 +139,25 @@ def dequantize_packed(
     Returns:
         `[out_features, in_features]`.
     """
+    if words.is_cuda and words.dtype == torch.int32 and (kernel := _cuda_kernel()):
+        return kernel(words, scale, zero_point, bits, dtype=dtype)
     return dequantize(stored_codes(words, bits), scale, zero_point, dtype=dtype)
+
+
+@cache
+def _cuda_kernel() -> Callable[..., Tensor] | None:
+    """Triton's `dequantize`, if it comes with torch and compiles here."""
+    try:
+        from rilq.formats.dequantize_triton import dequantize as kernel
+    except ImportError:
+        return None
+    try:
+        words, group = torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 1)
+        kernel(words.cuda(), group.cuda(), group.cuda(), 2, dtype=torch.float32)
+    except Exception as err:  # whatever a compiler, or its absence, makes of it
+        warnings.warn(f"without Triton, so slower: {one_line(err)}", stacklevel=2)
+        return None
+    return kernel
 
 
 def stored_codes(stored: Tensor, bits: int) -> Tensor:

@@ -243,7 +243,7 @@ def native(
             ended = run_cli(
                 *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
                 *("--seqlen", 24, "--quantizer", "rtn", "--rank", 0, "--device", "cpu"),
-                *("--max-shard-size", "60kB", "-o", folder / "out", *options),
+                *("--max-shard-size", "60kB", "--no-report", "-o", folder / "out", *options),
             )
             assert ended.code == 0, ended.err
             natives[key] = folder / "out"
@@ -303,7 +303,7 @@ def quick(tiny_llama: Path, calib: Path) -> Callable[..., ConvertOptions]:
 def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
     """`arguments(folder, *more)`: the command line of a `quick` conversion to `folder/out`.
 
-    Of an option that comes twice the last one wins.
+    Of an option that comes twice the last one wins. No report is written.
     """
 
     def make(
@@ -318,6 +318,7 @@ def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
             "--batch-size 8 --val-every 2 --max-shard-size 40kB --device cpu"
         )
         places = ["--dataset", str(dataset), "--output-dir", str(folder / "out")]
+        places += ["--no-report"] if command == "convert" else []
         return [command, str(model), *quick.split(), *places, *map(str, more)]
 
     return make

@@ -46,7 +46,7 @@ def test_converted_model_loads_and_its_student_was_that_model(
     ended = run_cli(
         *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
         *("--seqlen", 24, "--steps", 4, "--val-every", 2, "--rank", 4, "--lr", "1e-3"),
-        *("--layer-steps", 3, "--loss", "mse+ce"),
+        *("--layer-steps", 3, "--loss", "mse+ce", "--no-report"),
         *("-o", tmp_path / "out", "--keep-work", "--json", *more),
     )
     assert ended.code == 0, ended.err

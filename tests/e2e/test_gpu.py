@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from student_examples import batch, loss_and_gradients, make_student, write_layers
 
 from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.layer_reader import reading_ahead
+from rilq.converter.options import Tier, Train
 from rilq.converter.quantizers import build_quantizer, inverse_factor
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
 from rilq.formats.packed_linear import packed_linear
+from rilq.formats.packing import dequantize, dequantize_packed, pack
 from rilq.formats.source import LocalFolder
 from rilq.formats.spec import QuantSpec
 from rilq.progress import usage
@@ -39,6 +42,89 @@ def test_packed_linear_and_its_gradient_are_those_of_the_cpu(bits: int) -> None:
         results.append((out.detach().cpu(), leaf.grad.cpu()))
     for on_cpu, on_gpu in zip(*results, strict=True):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (3, 5), (1023, 7), (4097, 32)])
+def test_the_triton_kernel_gives_what_torch_gives(
+    rows: int, groups: int, size: int, bits: int
+) -> None:
+    kernel = pytest.importorskip("rilq.formats.dequantize_triton", reason="needs triton")
+    draw = torch.Generator("cuda").manual_seed(bits)
+    codes = torch.randint(2**bits, (rows, groups * size), generator=draw, device="cuda")
+    codes = codes.to(torch.uint8)
+    for stored in (torch.float16, torch.float32):
+        scale, zero = torch.rand(2, rows, groups, generator=draw, device="cuda").to(stored)
+        zero = 2**bits * zero - 0.5
+        words = pack(codes, bits)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            found = kernel.dequantize(words, scale, zero, bits, dtype=dtype)
+            assert torch.equal(found, dequantize(codes, scale, zero, dtype=dtype))
+            assert torch.equal(found, dequantize_packed(words, scale, zero, bits, dtype=dtype))
+
+
+@pytest.fixture(scope="module")
+def deep(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
+) -> Callable[[int], tuple[Path, Path]]:
+    """`deep(layers)`: a model, and the folder of its layers in 2 bits."""
+
+    def make(layers: int) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("deep")
+        make_model(folder / "model", num_hidden_layers=layers)
+        (folder / "layers").mkdir()
+        write_layers(folder / "model", folder / "layers", 2)
+        return folder / "model", folder / "layers"
+
+    return make
+
+
+@pytest.mark.parametrize("train", ["adapters", "scales", "adapters+scales", "all"])
+def test_all_tiers_have_the_same_loss_and_gradients(
+    train: Train, deep: Callable[[int], tuple[Path, Path]]
+) -> None:
+    places = deep(5)
+    tiers: list[Tier] = ["packed", "dense", "offload"]
+    on_cpu = loss_and_gradients(make_student(*places, "packed", train))
+    for tier in tiers:
+        loss, grads = loss_and_gradients(make_student(*places, tier, train, device="cuda"))
+        assert loss == pytest.approx(on_cpu[0], rel=1e-3)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, on_cpu[1][name], rtol=1e-2, atol=1e-5, msg=name)
+
+
+def test_offloaded_layers_take_no_device_memory_of_their_own(
+    deep: Callable[[int], tuple[Path, Path]],
+) -> None:
+    peaks = []
+    for layers in (4, 12):
+        student = make_student(*deep(layers), "offload", "scales", device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        begun = torch.cuda.memory_allocated()
+        for _ in range(2):
+            student.states(batch()[0].cuda())[1].sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - begun)
+        assert all(p.device.type == "cpu" for p in student.trained.values())
+        del student
+    of_a_layer = 4 * (2 * 16 * 64)  # bytes that are kept of it: its input
+    assert peaks[1] - peaks[0] < 8 * 4 * of_a_layer
+
+
+@pytest.mark.parametrize("tier", ["packed", "offload"])
+def test_conversion_in_each_tier_comes_close_to_the_dense_one(
+    tier: str, tmp_path: Path, arguments: Callable[..., list[str]]
+) -> None:
+    losses = {}
+    for each in ("dense", tier):
+        (tmp_path / each).mkdir()
+        limit = ("--device", "cuda", "--dtype", "float32", "--device-memory", "4GB", "--json")
+        words = arguments(tmp_path / each, "--student", each, *limit)
+        done = subprocess.run(
+            [sys.executable, "-m", "rilq", *words], capture_output=True, text=True, check=True
+        )
+        losses[each] = json.loads(done.stdout)["quality"]["validation_loss_merged"]
+    assert losses[tier] == pytest.approx(losses["dense"], rel=0.02)
 
 
 def test_conversion_on_the_gpu_comes_close_to_that_on_the_cpu(

@@ -165,13 +165,16 @@ WAYS: list[tuple[str, Train, int]] = [  # kind of adapter, what is trained, part
 ]
 
 
-@pytest.mark.parametrize(("kind", "train", "parts"), WAYS)
-@pytest.mark.parametrize("tier", ["dense", "packed"])
+@pytest.mark.parametrize(
+    ("tier", "kind", "train", "parts"),
+    [(tier, *way) for tier in ("dense", "packed") for way in WAYS]
+    + [("offload", *way) for way in WAYS if way[1] != "all+codes"],  # which is refused there
+)
 def test_gradients_equal_those_of_a_dense_reference(
+    tier: str,
     kind: str,
     train: Train,
     parts: int,
-    tier: str,
     dense: nn.Module,
     quantized: dict[str, QuantizedLinear],
     make_student: Callable[..., Student],

@@ -42,7 +42,7 @@ class OneLinear(nn.Module):
             device=torch.device("cpu"),
         )
         self.adapter = adapter
-        self.vocabulary = VOCABULARY
+        self.vocabulary, self.device = VOCABULARY, torch.device("cpu")
         self.trained = {"linear.a": adapter.a, "linear.b": adapter.b}
 
     def states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
