@@ -126,7 +126,9 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     source = _open_source(options, report)
     checkpoint = Checkpoint.open(source, report=report)
     refuse_quantized(checkpoint)
-    if ranks.several and source.commit is not None:  # into the cache that a machine's processes share
+    if (
+        ranks.several and source.commit is not None
+    ):  # into the cache that a machine's processes share
         if ranks.local_index == 0:
             for shard in checkpoint.shards:
                 source.path(shard)

@@ -17,64 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rilq import cli
-from rilq.cli import session
-from rilq.converter import workdir
 from rilq.formats.packing import unpack
 
 GPTQ = ("--quantizer", "gptq", "--loss", "mse+ce+kl")
 KILLED = -signal.SIGKILL
 SLOW = pytest.mark.slow
-
-
-@pytest.fixture
-def together(start_child: Any) -> Callable[..., list[Any]]:
-    """`together(count, arguments, at=None, act=None, who=0)`: how so many processes ended.
-
-    With `at`, the first one kills itself when it is at that point so often; with `act`, process
-    `who` calls it at its start.
-    """
-
-    def run(
-        count: int,
-        arguments: list[str],
-        at: tuple[str, int] | None = None,
-        act: Callable[[], None] | None = None,
-        who: int = 0,
-    ) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-
-        def body(index: int) -> None:
-            os.environ |= {
-                "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            sys.argv = ["rilq", *arguments]
-            session.ALIKE = 0.0  # there is no launcher to wait for
-            if index == 0 and at is not None:
-                _kill_at(*at)
-            if index == who and act is not None:
-                act()
-            cli.main()
-
-        children = [start_child(lambda index=index: body(index)) for index in range(count)]
-        return [child.wait() for child in children]
-
-    return run
-
-
-def _kill_at(point: str, times: int) -> None:
-    seen: list[str] = []
-
-    def reached(now: str) -> None:
-        seen.append(now)
-        if seen.count(point) == times:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    workdir.reached = reached
 
 
 @pytest.fixture(scope="module")
