@@ -17,6 +17,7 @@ from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult, Job
 from rilq.converter.plan import Plan
+from rilq.converter.ranks import join
 from rilq.evaluation.evaluate import evaluate_with_passages
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.figures import Evaluation
@@ -96,6 +97,9 @@ def convert(
 ) -> ConvertResult:
     """Convert a checkpoint; a job that was stopped is continued by the same call.
 
+    Of several processes that a launcher has started, all call it with the same options; the first
+    writes, records, exports and pushes. See docs/ranks.md.
+
     Args:
         model: a folder, or `owner/name` on the Hub; or all options at once.
         report: receives progress.
@@ -115,7 +119,10 @@ def convert(
         RilqError: the work failed; its state is in the work folder.
     """
     chosen = _options(model, options)
-    job = pipeline.prepare(chosen, report)
+    ranks = join(chosen.device)
+    job = pipeline.prepare(chosen, report, ranks)
+    if not ranks.first:  # works along; what surrounds the conversion is the first one's
+        return pipeline.convert(job, report)
     if exports:
         check_planned(job, exports, ExportOptions())
     if push is not None:

@@ -1,5 +1,7 @@
 """Sums over the inputs of one linear."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,11 @@ class HessianSum:
             rows = rows.to(self._sum.device, torch.float32)
             self._sum.addmm_(rows.T, rows)
             self.tokens += len(rows)
+
+    def merge(self, added: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of several processes; `added` adds a tensor up over all of them."""
+        self._sum = added(self._sum)
+        self.tokens = int(added(torch.tensor(self.tokens)).item())
 
     def value(self) -> Tensor:
         """The mean of `x x^T` over the tokens: `[in_features, in_features]` float32.
@@ -67,6 +74,11 @@ class SquareSum:
         rows = x.reshape(-1, x.shape[-1])
         self._sum += rows.to(self._sum.device, torch.float32).square().sum(0)
         self.tokens += len(rows)
+
+    def merge(self, added: Callable[[Tensor], Tensor]) -> None:
+        """See `HessianSum.merge`."""
+        self._sum = added(self._sum)
+        self._tokens = int(added(torch.tensor(self._tokens)).item())
 
     def value(self) -> Tensor:
         """The mean of `x^2` over the tokens, `[in_features]` float32; zero before any."""

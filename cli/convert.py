@@ -32,7 +32,7 @@ from rilq.cli.options import (
     Revision,
     option,
 )
-from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.cli.session import is_first, reporting, stoppable, user_errors
 from rilq.cli.summary import show_conversion
 from rilq.cli.tables import plan_table, show_plan, show_push
 from rilq.errors import OptionError
@@ -414,6 +414,8 @@ def convert(
         )
         if result.pushed is not None:
             show_push(result.pushed, report)
+    if not is_first():
+        return
     if as_json:
         print(json.dumps({
             "output": str(result.output),

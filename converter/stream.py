@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
+from rilq.calib.activations import ActivationStore, ActivationWriter, part_path, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
 from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
@@ -46,8 +46,9 @@ from rilq.converter.outer import (
 )
 from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
 from rilq.converter.quantizers.lsq import LsqQuantizer
+from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.train import row_order
-from rilq.converter.workdir import WorkDir
+from rilq.converter.workdir import Record, WorkDir
 from rilq.errors import CheckpointError, RilqError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
@@ -121,6 +122,7 @@ class StreamingPass:
         streamed: its model, nothing loaded yet.
         tokens: calibration rows `[rows, seq_len]` int64.
         work: where quantized layers and hidden states go, and what is done already.
+        ranks: this process among those that share the rows; each keeps states of its own rows.
     """
 
     def __init__(
@@ -131,10 +133,13 @@ class StreamingPass:
         work: WorkDir,
         options: StreamOptions,
         report: Reporter,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
         self.work, self.options, self.report = work, options, report
         self.shape = (*tokens.shape, streamed.config.hidden_size)
+        self.ranks, self.rows = ranks, ranks.share(len(tokens))
+        self.starts = ranks.starts(len(tokens))
 
     @torch.no_grad()
     @large_blocks_returned()
@@ -196,24 +201,27 @@ class StreamingPass:
         if self.work.stage("outer"):
             self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
             return
-        paths = self._save_outer()
+        self.ranks.once(self._save_outer)
         self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
         self.streamed.check_tied()
-        facts = {"source": self._source_hashes(self.streamed.outer_names())}
+        facts = {}
+        if self.ranks.first:  # the only one that has read them from the checkpoint
+            facts = {"source": self._source_hashes(self.streamed.outer_names())}
+        paths = [self.work.file(SOURCE_FILE)]
+        if self.options.outer:
+            paths.append(self.work.file(QUANTIZED_FILE))
         self.work.commit("outer", "outer", facts, files={p: file_hash(p) for p in paths})
         advance()
 
-    def _save_outer(self) -> list[Path]:
+    def _save_outer(self) -> None:
         """Write them as in the source and, where any is quantized, as in the output too."""
         tensors = self.checkpoint.read(self.streamed.outer_names())
-        paths = [self.work.file(SOURCE_FILE)]
-        write_tensors(paths[0], tensors)
+        write_tensors(self.work.file(SOURCE_FILE), tensors)
         if self.options.outer:
-            paths.append(self.work.file(QUANTIZED_FILE))
             write_tensors(
-                paths[1], quantize_outer(tensors, self.options.outer, self.streamed.device)
+                self.work.file(QUANTIZED_FILE),
+                quantize_outer(tensors, self.options.outer, self.streamed.device),
             )
-        return paths
 
     def _embedding(self) -> None:
         """First hidden states: of the teacher and, with a quantized embedding, of the student."""
@@ -223,16 +231,16 @@ class StreamingPass:
                 self.streamed, load_file(self.work.file(QUANTIZED_FILE)), self.options.outer
             )
             states |= self._embedded("student")
-        self.work.commit("layers", "embedding", {}, passing=states)
+        self.work.commit("layers", "embedding", self._parts(), passing=states)
 
     def _embedded(self, who: str) -> dict[Path, str]:
         """Write `who`'s first hidden states with the embedding as it is loaded; file and xxh3."""
-        path = self._states(who, 0)
+        path, size = self._states(who, 0), self.options.batch_rows
         with self._writer(path, "the embedding") as writer:
-            for start in range(0, len(self.tokens), self.options.batch_rows):
-                rows = self.tokens[start : start + self.options.batch_rows]
+            for start in range(self.rows.start, self.rows.stop, size):
+                rows = self.tokens[start : min(start + size, self.rows.stop)]
                 writer.append(self.streamed.embed(rows))
-        return {path: writer.digest}
+        return {self._own(path): writer.digest}
 
     @property
     def _student_embeds(self) -> bool:
@@ -241,22 +249,24 @@ class StreamingPass:
 
     def _layer(self, index: int, tensors: Mapping[str, Tensor]) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
-        teacher = self._store(self._states("teacher", index))
+        before = self._written_as(self.work.stage("layers")[index])
+        teacher = self._store(self._states("teacher", index), before)
         apart = bool(index) or self._student_embeds
-        student = self._store(self._states("student" if apart else "teacher", index))
+        student = self._store(self._states("student" if apart else "teacher", index), before)
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
-            wanted = self._store(next_teacher)
+            self.ranks.wait()  # quantizing may look at any rows
+            wanted = self._store(next_teacher, self.starts)
             others = Alternatives(self.options.more_bits)
             tokens = ExpertTokens()
             saved, adapters = self._quantize(index, tensors, student, wanted, others, tokens)
             path = self.work.file(f"layer-{index:04d}.safetensors")
-            write_tensors(path, saved)
+            self.ranks.once(partial(write_tensors, path, saved))
             paths = [path]
             if adapters:
                 paths.append(self.work.file(f"{PREFIX}{index:04d}.safetensors"))
-                write_tensors(paths[1], adapter_tensors(adapters))
+                self.ranks.once(partial(write_tensors, paths[1], adapter_tensors(adapters)))
             self._use_saved(index, {n: t for each in paths for n, t in load_file(each).items()})
             more = self._save_alternatives(index, others)
             gains = self._gains(index, more, student, wanted)
@@ -279,9 +289,10 @@ class StreamingPass:
                 **gains,
                 **tokens.facts(),
                 **(found or {}),
+                **self._parts(),
             },
             files={each: file_hash(each) for each in [*paths, *more.values()]},
-            passing={next_teacher: digest, next_student: student_digest},
+            passing={self._own(next_teacher): digest, self._own(next_student): student_digest},
         )
         return error
 
@@ -422,7 +433,8 @@ class StreamingPass:
         order = row_order(o.train_rows, o.seed + index)
 
         def read() -> list[tuple[Tensor, Tensor]]:
-            rows = [next(order) for _ in range(o.batch_size)]
+            drawn = [next(order) for _ in range(o.batch_size)]
+            rows = [drawn[place] for place in self.ranks.share(o.batch_size)]
             parts = [rows[i : i + o.micro_batch] for i in range(0, len(rows), o.micro_batch)]
             return [(student.gather(part), wanted.gather(part)) for part in parts]
 
@@ -451,6 +463,7 @@ class StreamingPass:
                     run=partial(self.streamed.run, index),
                     batches=([(self._here(x), self._here(y)) for x, y in b] for b in batches),
                     note=lambda text: self.report.note(f"{layer}: {text}"),
+                    ranks=self.ranks,
                 )
             )
         for name, spec in specs.items() if o.more_bits else ():
@@ -487,7 +500,7 @@ class StreamingPass:
         """Write a layer's linears at more bits; the files by bits."""
         files = {bits: self.work.file(alternative_file(index, bits)) for bits in others.tensors}
         for bits, path in files.items():
-            write_tensors(path, others.tensors.pop(bits))
+            self.ranks.once(partial(write_tensors, path, others.tensors.pop(bits)))
         return files
 
     def _gains(
@@ -518,18 +531,21 @@ class StreamingPass:
             for name, each in sums.items()
         ]
         try:
-            for _, batch in student.batches(self.options.batch_rows):
+            for _, batch in student.batches(self.options.batch_rows, self.rows):
                 self.streamed.run(index, self._here(batch))
         finally:
             for handle in handles:
                 handle.remove()
+        for each in sums.values():
+            each.merge(self.ranks.added)
         return sums
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
-        for _, batch in student.batches(self.options.batch_rows):
+        for _, batch in student.batches(self.options.batch_rows, self.rows):
             hidden = self._here(batch)
             total.add(linear_input(self.streamed, index, linear, hidden))
+        total.merge(self.ranks.added)
         return total.take()
 
     def _warn(self, linears: list[str], text: str) -> None:
@@ -558,9 +574,9 @@ class StreamingPass:
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     def _propagate(self, index: int, source: ActivationStore, target: Path) -> str:
-        """Run a loaded layer over all rows, from file to file; the new file's xxh3."""
+        """Run a loaded layer over this process's rows, from file to file; the new file's xxh3."""
         with self._writer(target, f"decoder layer {index}") as writer:
-            for _, batch in source.batches(self.options.batch_rows):
+            for _, batch in source.batches(self.options.batch_rows, self.rows):
                 writer.append(self.streamed.run(index, self._here(batch)))
         return writer.digest
 
@@ -571,32 +587,40 @@ class StreamingPass:
         size = self.options.batch_rows
         errors: list[tuple[Tensor, Tensor]] = []  # asked for at the end: asking waits for a GPU
         with self._writer(target, f"quantized decoder layer {index}") as writer:
-            pairs = zip(source.batches(size), reference.batches(size), strict=True)
+            pairs = zip(
+                source.batches(size, self.rows), reference.batches(size, self.rows), strict=True
+            )
             for (_, batch), (_, wanted) in pairs:
                 out = self.streamed.run(index, self._here(batch))
                 wanted = self._here(wanted).float()
                 errors.append(((out.float() - wanted).square().sum(), wanted.square().sum()))
                 writer.append(out)
-        apart, norm = (sum(each.item() for each in part) for part in zip(*errors, strict=True))
+        apart, norm = (
+            self.ranks.total(sum(each.item() for each in part))
+            for part in zip(*errors, strict=True)
+        )
         return writer.digest, apart / norm if norm else 0.0
 
     def _targets(self) -> None:
         """The end of the full-precision model, which is never needed again."""
         path = self.work.file("targets.bin")
-        source = self._store(self._states("teacher", len(self.streamed.layers)))
+        count = len(self.streamed.layers)
+        before = self._written_as(self.work.stage("layers")[count])
+        source = self._store(self._states("teacher", count), before)
         with self._writer(path, "the final norm") as writer:
-            for _, batch in source.batches(self.options.batch_rows):
+            for _, batch in source.batches(self.options.batch_rows, self.rows):
                 if self.options.target != "pre-norm":
                     batch = self.streamed.final_norm(self._here(batch))
                 writer.append(batch)
-        self.work.commit("layers", "targets", {}, files={path: writer.digest})
+        self.work.commit("layers", "targets", self._parts(), files={self._own(path): writer.digest})
 
     def targets(self) -> ActivationStore:
         """The teacher's final hidden states, `[rows, seq_len, hidden]` in the compute dtype.
 
         What feeds the head, or what comes before the final norm, as `StreamOptions.target` says.
         """
-        return self._store(self.work.file("targets.bin"))
+        made = self._written_as(self.work.stage("layers")[-1])
+        return self._store(self.work.file("targets.bin"), made)
 
     def _here(self, batch: Tensor) -> Tensor:
         """A batch on the device; from page-locked memory it comes while others are computed."""
@@ -605,11 +629,28 @@ class StreamingPass:
     def _states(self, who: str, index: int) -> Path:
         return self.work.file(f"{who}-{index:04d}.bin")
 
-    def _store(self, path: Path) -> ActivationStore:
-        return ActivationStore(path, self.shape, self.streamed.dtype, pinned=self._on_gpu)
+    def _store(self, path: Path, starts: tuple[int, ...]) -> ActivationStore:
+        """States of all rows, in files that begin with the rows `starts`."""
+        dtype = self.streamed.dtype
+        return ActivationStore(path, self.shape, dtype, pinned=self._on_gpu, starts=starts)
 
     def _writer(self, path: Path, label: str) -> ActivationWriter:
-        return ActivationWriter(path, self.shape, self.streamed.dtype, label=label)
+        """For states of this process's rows."""
+        shape = (len(self.rows), *self.shape[1:])
+        dtype, first_row = self.streamed.dtype, self.rows.start
+        return ActivationWriter(self._own(path), shape, dtype, label=label, first_row=first_row)
+
+    def _own(self, path: Path) -> Path:
+        """This process's file of some states."""
+        return part_path(path, self.rows.start, self.ranks.count)
+
+    def _parts(self) -> dict[str, Any]:
+        """How states of a unit lie in files, for the journal: nothing where it is one."""
+        return {"starts": list(self.starts)} if self.ranks.several else {}
+
+    def _written_as(self, unit: Record) -> tuple[int, ...]:
+        """First rows of the files of a unit's states: another number of processes may go on."""
+        return tuple(unit.facts.get("starts", (0,)))
 
     def _source_hashes(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.checkpoint.hashes[name] for name in names}

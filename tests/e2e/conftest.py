@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import signal
+import socket
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ import torch
 from typer.testing import CliRunner
 
 from rilq import cli
+from rilq.cli import session
 from rilq.converter import pipeline, workdir
 from rilq.converter.options import ConvertOptions
 from rilq.errors import RilqError
@@ -138,6 +140,56 @@ def _at(call: int, act: Callable[[], None]) -> None:
     def reached(point: str) -> None:
         if next(calls) == call:
             act()
+
+    workdir.reached = reached
+
+
+@pytest.fixture
+def together(start_child: Any) -> Callable[..., list[Any]]:
+    """`together(count, arguments, at=None, act=None, who=None)`: how so many processes ended.
+
+    With `at`, the first one kills itself when it is at that point so often; with `act`, process
+    `who`, or every one, calls it at its start.
+    """
+
+    def run(
+        count: int,
+        arguments: list[str],
+        at: tuple[str, int] | None = None,
+        act: Callable[[], None] | None = None,
+        who: int | None = None,
+    ) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def body(index: int) -> None:
+            os.environ |= {
+                "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            sys.argv = ["rilq", *arguments]
+            session.ALIKE = 0.0  # there is no launcher to wait for
+            if index == 0 and at is not None:
+                _kill_at(*at)
+            if act is not None and who in (None, index):
+                act()
+            cli.main()
+
+        children = [start_child(lambda index=index: body(index)) for index in range(count)]
+        return [child.wait() for child in children]
+
+    return run
+
+
+def _kill_at(point: str, times: int) -> None:
+    seen: list[str] = []
+
+    def reached(now: str) -> None:
+        seen.append(now)
+        if seen.count(point) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     workdir.reached = reached
 
