@@ -78,7 +78,7 @@ class SquareSum:
     def merge(self, added: Callable[[Tensor], Tensor]) -> None:
         """See `HessianSum.merge`."""
         self._sum = added(self._sum)
-        self._tokens = int(added(torch.tensor(self._tokens)).item())
+        self.tokens = int(added(torch.tensor(self.tokens)).item())
 
     def value(self) -> Tensor:
         """The mean of `x^2` over the tokens, `[in_features]` float32; zero before any."""
