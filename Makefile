@@ -9,8 +9,11 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
+# A file is one process's own: its tests share what they convert. More processes than four only take
+# memory.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not slow_runtime"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not slow_runtime" \
+		--numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
