@@ -9,8 +9,9 @@ On a CPU, with random checkpoints of LLaMA-2-70B's structure (scale_checkpoint.p
             that a straight line through their logarithms has
   plan      what `rilq plan` says of each of these conversions, against what was measured
 
-    python benchmarks/scale.py                      # about ten minutes on 2 cores
-    python benchmarks/scale.py --quick              # two, with 20 layers at most
+    python benchmarks/scale.py                      # ten minutes
+    python benchmarks/scale.py --quick              # three, with 20 layers at most
+    python benchmarks/scale.py --only limit
     python benchmarks/scale.py --gpu [--dry]        # LLaMA-2-70B's own shapes: scale_gpu.py
 """
 
@@ -19,9 +20,10 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ from typing import Any
 import torch
 import transformers
 from scale_checkpoint import LAYERS, SEED, llama_config, write_checkpoint
-from scale_run import Watched, convert
+from scale_run import Watched, convert, watch
 
 import rilq
 
 SEQLEN = 128
+IMPORTS = "from rilq import cli\nimport rilq.converter.pipeline"
 SHARE = 4  # of a checkpoint, one part is the memory that it is converted in
 STREAM = ("--quantizer", "gptq", "--clip", "none", "--train", "none")
 TRAIN = (
@@ -53,17 +56,23 @@ class Size:
 
 @dataclass(frozen=True)
 class Measured:
-    """One conversion above the interpreter's own, beside what the plan said of it."""
+    """One conversion above the interpreter's own, beside what the plan said of it.
+
+    Attributes:
+        resident_bytes: mapped shards among them; as the plan counts them, above an interpreter
+            that has imported everything and done nothing.
+    """
 
     what: str
     size: Size
     checkpoint_bytes: int
     cpu_seconds: float
     private_bytes: int
+    resident_bytes: int
     disk_bytes: int
     read_bytes: int
     planned_seconds: float
-    planned_private_bytes: int
+    planned_resident_bytes: int
     planned_disk_bytes: int
     planned_read_bytes: int
     time_basis: str
@@ -85,21 +94,24 @@ class Course:
 
 # Few rows where layers are counted, so that what each layer takes by itself is most of the time.
 COURSES = (
-    Course("layers", Size(256, 0, 8), (10, 20, 40, 80)),
-    Course("rows", Size(256, 4, 0), (16, 32, 64, 128)),
-    Course("hidden", Size(0, 4, 16), (256, 512, 768, 1024)),
+    Course("layers", Size(256, 0, 4), (10, 20, 40, 80)),
+    Course("rows", Size(256, 3, 0), (16, 64, 256)),
+    Course("hidden", Size(0, 3, 8), (256, 512, 1024)),
 )
 QUICK = (
     Course("layers", Size(256, 0, 4), (5, 10, 20)),
     Course("rows", Size(256, 3, 0), (16, 64)),
     Course("hidden", Size(0, 3, 8), (256, 512)),
 )
+PLANNED = Size(512, 6, 32)
+PARTS = ("limit", "layers", "rows", "hidden", "plan")
 
 
 def main() -> None:
     """Run the measurements, print tables, and write them all as JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part; repeatable")
     parser.add_argument("--gpu", action="store_true", help="LLaMA-2-70B's shapes on a GPU")
     parser.add_argument("--dry", action="store_true", help="with --gpu: tiny shapes on a CPU")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written")
@@ -116,10 +128,10 @@ def main() -> None:
 
             results |= scale_gpu.measure(Path(folder), dry=args.dry)
         else:
-            results |= measure(Path(folder), QUICK if args.quick else COURSES, args.quick)
+            results |= measure(Path(folder), args.only or PARTS, args.quick)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if args.plot and not args.gpu:
+    if args.plot and results.get("growth"):
         plot(results, args.plot)
 
 
@@ -141,37 +153,46 @@ def machine() -> dict[str, str]:
     }
 
 
-def measure(folder: Path, courses: tuple[Course, ...], quick: bool) -> dict[str, Any]:
-    """All of the CPU's part."""
+def measure(folder: Path, parts: Sequence[str], quick: bool) -> dict[str, Any]:
+    """The CPU's parts."""
     bench = Bench(folder)
+    own = bench.own
     print(
-        f"\nthe interpreter's own, with a minimal conversion: {bench.own.cpu_seconds:.1f} s, "
-        f"{bench.own.private_bytes / 1e6:.0f} MB private, {bench.own.data_bytes / 1e6:.0f} MB of "
-        "address space",
+        f"\nthe interpreter's own, with a minimal conversion: {own.cpu_seconds:.1f} s, "
+        f"{own.private_bytes / 1e6:.0f} MB private, {own.data_bytes / 1e6:.0f} MB of address "
+        f"space; imports alone {bench.imports.resident_bytes / 1e6:.0f} MB resident",
         flush=True,
     )
-    limit = bench.limited(Size(512, 20 if quick else LAYERS, 4))
-    grown = {}
-    for course in courses:
-        grown[course.name] = [bench.measured("streaming", size, STREAM) for size in course.sizes()]
-        print_growth(course.name, grown[course.name])
-    trained = [
-        bench.measured(
-            f"{tier}, {train}", Size(512, 8, 10), (*TRAIN, "--student", tier, "--train", train)
-        )
-        for tier in ("dense", "packed", "offload")
-        for train in (("adapters",) if quick else ("adapters", "adapters+scales"))
-    ]
-    every = [m for each in grown.values() for m in each] + trained
-    print_plan(every)
-    return {
-        "own": {"cpu_seconds": bench.own.cpu_seconds, "private_bytes": bench.own.private_bytes,
-                "data_bytes": bench.own.data_bytes},
-        "limit": limit,
-        "growth": {name: [asdict(m) for m in each] for name, each in grown.items()},
-        "exponents": {name: exponents(name, each) for name, each in grown.items()},
-        "training": [asdict(m) for m in trained],
+    results: dict[str, Any] = {
+        "own": {"cpu_seconds": own.cpu_seconds, "private_bytes": own.private_bytes,
+                "data_bytes": own.data_bytes, "imports": bench.imports.resident_bytes},
+        "growth": {}, "exponents": {}, "planned": [],
     }  # fmt: skip
+    if "limit" in parts:
+        results["limit"] = bench.limited(Size(512, 20 if quick else LAYERS, 4))
+    every = []
+    for course in QUICK if quick else COURSES:
+        if course.name in parts:
+            found = [bench.measured("streaming", size, STREAM) for size in course.sizes()]
+            results["growth"][course.name] = [asdict(m) for m in found]
+            results["exponents"][course.name] = exponents(course.name, found)
+            print_growth(course.name, found)
+            every += found
+    if "plan" in parts:
+        every += list(planned(bench, quick))
+    results["planned"] = [asdict(m) for m in every]
+    print_plan(every)
+    return results
+
+
+def planned(bench: "Bench", quick: bool) -> Iterator[Measured]:
+    """Conversions of all tiers and quantizers of one size, for the plan alone."""
+    yield bench.measured("gptq", PLANNED, STREAM)
+    for tier in ("packed",) if quick else ("dense", "packed", "offload"):
+        options = (*TRAIN, "--student", tier, "--train", "adapters")
+        yield bench.measured(f"gptq, training {tier}", PLANNED, options)
+    if not quick:
+        yield bench.measured("rtn", PLANNED, ("--quantizer", "rtn", "--train", "none"))
 
 
 class Bench:
@@ -179,11 +200,13 @@ class Bench:
 
     Attributes:
         own: what a conversion of one narrow layer takes: the interpreter, its imports, torch's
-            own memory. It is subtracted everywhere.
+            own memory. It is subtracted everywhere, but
+        imports: from resident memory, which the plan counts above imports alone.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.imports = watch([sys.executable, "-c", IMPORTS], [])
         smallest = Size(256, 1, 2)
         self._checkpoint(smallest)  # writes it: the first conversion reads from the page cache too
         self.own = self._convert(smallest, STREAM, seqlen=16)
@@ -200,6 +223,7 @@ class Bench:
             _size(model),
             took.cpu_seconds - self.own.cpu_seconds,
             took.private_bytes - self.own.private_bytes,
+            took.resident_bytes - self.imports.resident_bytes,
             took.disk_bytes,
             took.told["bytes_read"],
             plan["seconds"],
@@ -306,13 +330,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")  # no display
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), sharey="row")
+    courses = results["growth"]
+    figure, axes = pyplot.subplots(
+        2, len(courses), figsize=(3.4 * len(courses), 5.5), sharey="row", squeeze=False
+    )
     kinds: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
         ("cpu_seconds", "processor time, s", lambda m: m["cpu_seconds"]),
         ("private_bytes", "private memory, MB", lambda m: m["private_bytes"] / 1e6),
     ]
     for row, (kind, label, value) in zip(axes, kinds, strict=True):
-        for axis, (name, course) in zip(row, results["growth"].items(), strict=True):
+        for axis, (name, course) in zip(row, courses.items(), strict=True):
             sizes = [m["size"][name] for m in course]
             fitted = results["exponents"][name][kind]
             axis.loglog(sizes, [value(m) for m in course], "o-", label=f"exponent {fitted:.2f}")
@@ -338,7 +365,7 @@ def print_plan(every: list[Measured]) -> None:
     for m in every:
         cells = [
             *(m.what, m.size.hidden, m.size.layers, m.size.rows),
-            *_compared(m.planned_private_bytes / 1e6, m.private_bytes / 1e6),
+            *_compared(m.planned_resident_bytes / 1e6, m.resident_bytes / 1e6),
             *_compared(m.planned_disk_bytes / 1e6, m.disk_bytes / 1e6),
             f"{m.planned_read_bytes / m.read_bytes:.3f} x",
             *_compared(m.planned_seconds, m.cpu_seconds),

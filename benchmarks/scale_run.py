@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LOOK = 0.005  # seconds between two looks at a process's memory
-LOOK_DISK = 0.1
+LOOK_DISK = 0.02
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Watched:
     Attributes:
         cpu_seconds: user and system time of all its threads.
         private_bytes: the highest of its private resident memory (RssAnon) that was seen.
+        resident_bytes: of all its resident memory (VmHWM), mapped files among it.
         data_bytes: of its private writable address space (VmData), which RLIMIT_DATA limits.
         disk_bytes: of the files in the folders that it was to write to.
     """
@@ -31,6 +32,7 @@ class Watched:
     cpu_seconds: float
     wall_seconds: float
     private_bytes: int
+    resident_bytes: int
     data_bytes: int
     disk_bytes: int
     out: str
@@ -69,7 +71,7 @@ def watch(command: list[str], folders: list[Path], data_limit: int | None = None
             resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
 
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    private = data = disk = 0
+    private = resident = data = disk = 0
     begun, looked = time.perf_counter(), 0.0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = subprocess.Popen(
@@ -81,6 +83,7 @@ def watch(command: list[str], folders: list[Path], data_limit: int | None = None
                 break
             seen = _memory(child.pid)
             private, data = max(private, seen["RssAnon"]), max(data, seen["VmData"])
+            resident = max(resident, seen["VmHWM"])
             if time.perf_counter() - looked > LOOK_DISK:
                 disk, looked = max(disk, sum(_sizes(folders))), time.perf_counter()
             time.sleep(LOOK)
@@ -91,6 +94,7 @@ def watch(command: list[str], folders: list[Path], data_limit: int | None = None
             usage.ru_utime + usage.ru_stime,
             time.perf_counter() - begun,
             private,
+            resident,
             data,
             disk,
             out.read(),
@@ -100,7 +104,7 @@ def watch(command: list[str], folders: list[Path], data_limit: int | None = None
 
 def _memory(pid: int) -> dict[str, int]:
     """Bytes of a process's memory; zeros while it begins or ends."""
-    found = {"RssAnon": 0, "VmData": 0}
+    found = {"RssAnon": 0, "VmHWM": 0, "VmData": 0}
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")

@@ -32,6 +32,7 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
+from rilq.converter.pace import measure_pace
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.rotation import RotatedCheckpoint
@@ -118,7 +119,8 @@ def prepare(options: ConvertOptions, report: Reporter) -> Job:
     machine = measure_machine(options.device, limit=options.device_memory)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    return Job(options, checkpoint, streamed, make_plan(streamed, options, machine))
+    plan = make_plan(streamed, options, machine, measure_pace)
+    return Job(options, checkpoint, streamed, plan)
 
 
 def progress(job: Job) -> Literal["done", "begun", "new"]:
