@@ -103,7 +103,7 @@ QUICK = (
     Course("rows", Size(256, 3, 0), (16, 64)),
     Course("hidden", Size(0, 3, 8), (256, 512)),
 )
-PLANNED = Size(512, 6, 32)
+PLANNED = Size(512, 4, 32)
 PARTS = ("limit", "layers", "rows", "hidden", "plan")
 
 

@@ -4,7 +4,7 @@ As many random layers as the disk holds go through the streaming pass with GPTQ 
 training in each tier. Depths n and n/2 give what a layer takes, and what does not depend on layers:
 
     step(80) = step(n) + (80 - n) * (step(n) - step(n/2)) / (n - n/2), and so for memory
-    pass(80) = 80 * max(read, write, rows * (teacher + student) + hessians and quantizing)
+    pass(80) = 80 * max(read, write, rows * (teacher + student + hessians) + quantize)
     total    = pass(80) + updates * step(80)
 
 `dry` runs the same code with tiny shapes on a CPU: its figures say nothing about a GPU.

@@ -154,13 +154,16 @@ def memory_errors_explained(
 
 
 @contextmanager
-def large_blocks_returned() -> Iterator[None]:
-    """Inside, glibc takes blocks of 4 MiB and more from the system, and gives them back when freed.
+def large_blocks_returned(least: int = 4 << 20) -> Iterator[None]:
+    """Inside, glibc takes large blocks from the system, and gives them back when freed.
 
     By default it keeps freed blocks of up to 32 MiB in a heap that fragments and grows from layer
     to layer (docs/log.md). The price is that the system clears every block anew.
+
+    Args:
+        least: bytes of a block that is large.
     """
-    _return_blocks_from(4 << 20)
+    _return_blocks_from(least)
     return_free_memory()
     try:
         yield

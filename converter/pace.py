@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,16 +21,15 @@ from rilq.converter.machine import Machine, seconds_of
 from rilq.converter.options import ConvertOptions, Tier
 from rilq.converter.quantizers import Quantizer, build_quantizer
 from rilq.converter.quantizers.layerwise import LayerQuantizer
-from rilq.formats.checkpoint import Checkpoint, scan_tensor
+from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.packed_linear import packed_linear
 from rilq.formats.packing import pack, stored_codes
-from rilq.formats.shard import read_tensors
 from rilq.formats.spec import QuantSpec
 
 PIECE = 1 << 21  # weights of a matrix product: more than a processor's own cache holds
 TOKENS = 512  # of it, at most
 COLUMNS, ROWS = 512, (64, 512)  # of what is quantized
-READING = 1.0  # seconds
+READING, CHUNK = 1.0, 8 << 20  # seconds; bytes at once
 
 Shape = tuple[int, int]  # out_features, in_features
 
@@ -62,7 +62,7 @@ class Pace:
             kept.
         hessian_token: to add a token to the Hessians of their inputs; 0 for a quantizer without.
         quantize: for the quantizer; 0 for one that is trained, whose steps are counted elsewhere.
-        read: bytes per second of the source, hashed and checked; None if it is not here.
+        read: bytes per second of the source, hashed; None if it is not here.
     """
 
     token: float
@@ -102,9 +102,9 @@ def _dtype(options: ConvertOptions, machine: Machine) -> torch.dtype:
     return machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
 
 
-def _rows(shape: Shape) -> int:
+def _rows(shape: Shape, weights: int = PIECE) -> int:
     """Rows of a piece of a weight matrix."""
-    return max(1, min(shape[0], PIECE // shape[1]))
+    return max(1, min(shape[0], weights // shape[1]))
 
 
 def _product(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -119,7 +119,7 @@ def _step(
     shape: Shape, spec: QuantSpec, work: Work, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
     """Seconds for a token through the student's linear, and there and back in a training step."""
-    rows, tokens = _rows(shape), min(work.step_tokens, TOKENS)
+    rows, tokens = _rows(shape, PIECE // 4), min(work.step_tokens, TOKENS)
     x = torch.ones(tokens, shape[1], dtype=dtype, device=device, requires_grad=True)
     if work.tier == "dense" and not work.trains_scales:
         weight = torch.ones(rows, shape[1], dtype=dtype, device=device)
@@ -140,8 +140,8 @@ def _step(
 
     grad = torch.ones(tokens, rows, dtype=dtype, device=device)
     with torch.enable_grad():
-        once = seconds_of(forward, device)
-        both = seconds_of(lambda: forward().backward(grad), device)
+        once = seconds_of(forward, device, calls=2)
+        both = seconds_of(lambda: forward().backward(grad), device, calls=2)
     share = shape[0] / rows / tokens
     again = once if work.recompute else 0.0
     return once * share, (both + again) * share
@@ -176,10 +176,13 @@ def _hessian(quantizer: Quantizer, width: int, device: torch.device) -> tuple[Te
     x = torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(0)).to(device)
     sums = torch.zeros(columns, columns, device=device)
     added = seconds_of(lambda: sums.addmm_(x.T, x), device) / TOKENS
-    begun = time.perf_counter()
-    prepared = quantizer.prepare(sums, lambda _: None)
-    preparing = time.perf_counter() - begun
-    return prepared, added * (width / columns) ** 2, preparing * (width / columns) ** 3
+    prepared: list[Tensor] = []
+
+    def prepare() -> None:  # which may take the Hessian's memory
+        prepared.append(quantizer.prepare(sums.clone(), lambda _: None))
+
+    preparing = seconds_of(prepare, device, calls=1)
+    return prepared[-1], added * (width / columns) ** 2, preparing * (width / columns) ** 3
 
 
 def _quantize(
@@ -204,16 +207,15 @@ def _quantize(
 
 
 def _reading(checkpoint: Checkpoint) -> float | None:
-    """Bytes per second of a folder's shards, from the page cache as far as they are in it."""
+    """Bytes per second at which a folder's shards are read and hashed."""
     if checkpoint.source.commit is not None:
         return None
     done, begun = 0, time.perf_counter()
-    for shard, header in checkpoint.headers.items():
-        for name in header.tensors:
-            path = checkpoint.source.path(shard)
-            for tensor in read_tensors(path, header, [name], shard).values():
-                scan_tensor(tensor)
-                done += tensor.nbytes
-            if time.perf_counter() - begun > READING:
-                return done / (time.perf_counter() - begun)
+    for shard in checkpoint.headers:
+        with checkpoint.source.path(shard).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                xxhash.xxh3_128_digest(chunk)
+                done += len(chunk)
+                if time.perf_counter() - begun > READING:
+                    return done / (time.perf_counter() - begun)
     return done / max(1e-9, time.perf_counter() - begun)
