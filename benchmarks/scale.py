@@ -44,6 +44,11 @@ TRAIN = (
     *("--val-every", "2", "--rank", "16"),
 )
 
+LIMITED = (
+    *("--quantizer", "rtn", "--clip", "none", "--steps", "2", "--batch-size", "1"),
+    *("--val-every", "2", "--rank", "16"),
+)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -237,7 +242,7 @@ class Bench:
         """A whole conversion, training included, in a quarter of the checkpoint's size."""
         model = self._checkpoint(size)
         room = _size(model) // SHARE
-        options = (*TRAIN, "--student", "offload", "--train", "adapters", "--micro-batch", "1")
+        options = (*LIMITED, "--student", "offload", "--train", "adapters", "--micro-batch", "1")
         took = self._convert(size, options, data_limit=self.own.data_bytes + room)
         ended = "converted" if took.code == 0 else f"failed: {took.err.strip().splitlines()[-1]}"
         print(

@@ -154,7 +154,7 @@ def memory_errors_explained(
 
 
 @contextmanager
-def large_blocks_returned(least: int = 4 << 20) -> Iterator[None]:
+def large_blocks_returned(least: int = 1 << 20) -> Iterator[None]:
     """Inside, glibc takes large blocks from the system, and gives them back when freed.
 
     By default it keeps freed blocks of up to 32 MiB in a heap that fragments and grows from layer

@@ -421,7 +421,7 @@ class _Sizes:
         """
         held = self.layer_bytes + self.layer_values * item + self.layer_alternatives
         if choices.device == "cpu":
-            held += self.layer_bytes + self.written_behind(item, choices)
+            held += self.layer_bytes + 2 * self.written_behind(item, choices)
         # Batches of teacher and student, each with the one that is read ahead.
         held += 4 * choices.batch_rows * self.seqlen * self.hidden * item
         running = self.activations(choices.batch_rows, item)
