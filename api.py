@@ -6,7 +6,7 @@ Importing this imports torch and transformers, so `import rilq` leaves it until 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -17,11 +17,14 @@ from rilq.converter import pipeline
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import ConvertResult, Job
 from rilq.converter.plan import Plan
-from rilq.evaluation.evaluate import DEFAULT_TEXT, evaluate_with_passages
+from rilq.converter.ranks import join
+from rilq.evaluation.evaluate import evaluate_with_passages
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.perplexity import DEFAULT_TEXT
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
+from rilq.evaluation.report.sources import write_conversion_page
 from rilq.formats.export.kind import ExportOptions
 from rilq.progress import Reporter, SilentReporter
 from rilq.records.conversion import conversion_found, conversion_run, losses_so_far
@@ -65,6 +68,7 @@ def convert(
     planned: Callable[[Plan], None] = ...,
     exports: Mapping[str, Path] = ...,
     push: PushOptions | None = ...,
+    page: Path | None = ...,
     db: str | Path = ...,
 ) -> ConvertResult: ...
 @overload
@@ -76,6 +80,7 @@ def convert(
     planned: Callable[[Plan], None] = ...,
     exports: Mapping[str, Path] = ...,
     push: PushOptions | None = ...,
+    page: Path | None = ...,
     db: str | Path = ...,
     **options: Any,
 ) -> ConvertResult: ...
@@ -86,10 +91,14 @@ def convert(
     planned: Callable[[Plan], None] = lambda plan: None,
     exports: Mapping[str, Path] = MappingProxyType({}),  # noqa: B008 - immutable
     push: PushOptions | None = None,
+    page: Path | None = None,
     db: str | Path = AUTO,
     **options: Any,
 ) -> ConvertResult:
     """Convert a checkpoint; a job that was stopped is continued by the same call.
+
+    Of several processes that a launcher has started, all call it with the same options; the first
+    writes, records, exports and pushes. See docs/ranks.md.
 
     Args:
         model: a folder, or `owner/name` on the Hub; or all options at once.
@@ -99,6 +108,8 @@ def convert(
             before the work begins.
         push: where the result goes then, itself and none of its exports; the right to push is
             checked before the work begins.
+        page: where a report of the result is written, as one HTML file; that it cannot be is only
+            a warning.
         db: file of the database that the run is recorded in, or "none"; "auto" is what RILQ_DB
             says, else `rilq.db` beside the output. See docs/runs.md.
         options: of `ConvertOptions`, by name; those left out, or None, are the recipe's.
@@ -108,7 +119,10 @@ def convert(
         RilqError: the work failed; its state is in the work folder.
     """
     chosen = _options(model, options)
-    job = pipeline.prepare(chosen, report)
+    ranks = join(chosen.device)
+    job = pipeline.prepare(chosen, report, ranks)
+    if not ranks.first:  # works along; what surrounds the conversion is the first one's
+        return pipeline.convert(job, report)
     if exports:
         check_planned(job, exports, ExportOptions())
     if push is not None:
@@ -118,7 +132,10 @@ def convert(
     database = _database(db, job)
     planned(job.plan)
     pipeline.progress(job)  # raises what would be refused, which is no run
-    with recording(database, conversion_run(job), report, chosen.work) as record:
+    with (
+        ExitStack() as afterwards,
+        recording(database, conversion_run(job), report, chosen.work) as record,
+    ):
         try:
             result = pipeline.convert(job, record.report)
         except BaseException:
@@ -128,6 +145,9 @@ def convert(
         record.tell(**conversion_found(job, result))
         state = "already converted by this command" if result.already_done else "done"
         report.note(f"{result.output}: {state}")
+        if page is not None and not (result.already_done and page.is_file()):
+            # When the record has ended, so that it is on the page, and if a push fails as well.
+            afterwards.callback(write_conversion_page, page, result.output, database, report)
         if exports:
             written = export(result.output, exports, device=chosen.device, report=record.report)
             result = replace(result, exports=tuple(written))
@@ -191,7 +211,7 @@ def _options(model: str | Path | ConvertOptions, given: Mapping[str, Any]) -> Co
         return model
     chosen = {name: value for name, value in given.items() if value is not None}
     recipe = chosen.pop("recipe", "default")
-    for name in ("dataset", "skip"):
+    for name in ("dataset", "skip", "adapter_targets"):
         if name in chosen:
             value = chosen[name]
             several = [value] if isinstance(value, str | Path) else value

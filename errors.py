@@ -2,6 +2,7 @@
 
     RilqError                        exit code 1: the work failed
     ├── Stopped                      work in the background was told to end; never shown
+    ├── OtherEndedError              of several processes, another one is gone
     └── InputError                   exit code 2: something the user gave is wrong
         ├── OptionError              an option, or two options together
         ├── CheckpointError          a file or tensor of a checkpoint
@@ -28,6 +29,10 @@ class RilqError(Exception):
 
 class Stopped(RilqError):
     """A transfer or a reading thread was told to end; what has arrived stays."""
+
+
+class OtherEndedError(RilqError):
+    """Another process of the same conversion ended; it has said why, if it could."""
 
 
 class InputError(RilqError):

@@ -278,7 +278,7 @@ class Bench:
         """Run `rilq convert`; its stored bits with the adapter's, if one lies beside it."""
         command = [sys.executable, "-m", "rilq", "convert", self.args.model, *self.data()]
         command += ["--seed", SEED, "--group-size", group_size, *self.more, *options]
-        finished = run([*command, "-o", out, "--json", "--quiet"], self.args.threads)
+        finished = run([*command, "-o", out, "--no-report", "--json", "--quiet"], self.args.threads)
         said = json.loads((out / "rilq.json").read_text())
         if self.digest not in json.dumps(said):
             raise NotRun("it calibrated on other rows than the peers")

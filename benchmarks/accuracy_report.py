@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 FULL, PLAIN = "full precision", "plain RTN"  # the one and the zero of the gap
 COLUMNS = "| method | group | bits per weight | {texts} | gap closed | KL | top-1 | {costs} |"
 COSTS = "wall s | CPU s | peak MB"
@@ -143,16 +145,8 @@ def write_section(file: Path, model: str, section: str) -> None:
 
 def draw(table: Table, folder: Path) -> str:
     """Plot gap closed against stored bits and against wall time; what was drawn, in words."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no plot: pip install 'rilq[plot]'"
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
-
-    figure, (by_bits, by_time) = pyplot.subplots(
-        1, 2, figsize=(12, 8), sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    by_bits, by_time = figure.subplots(1, 2, sharey=True)
     points = [
         result
         for result in table.results.values()
@@ -184,5 +178,4 @@ def draw(table: Table, folder: Path) -> str:
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     file = folder / f"accuracy-{table.model}.png"
     figure.savefig(file, dpi=90)
-    pyplot.close(figure)
     return str(file)

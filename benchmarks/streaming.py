@@ -177,7 +177,7 @@ def convert_command(model: Path, out: Path, text: Path) -> list[str]:
         *("convert", str(model)),
         *("--quantizer", "gptq", "--clip", "search", "--train", "none", "--dataset", str(text)),
         *("--nsamples", str(ROWS), "--seqlen", str(SEQLEN), "-o", str(out)),
-        *("--quiet", "--json", "--keep-work", "--resume", "never"),
+        *("--quiet", "--json", "--no-report", "--keep-work", "--resume", "never"),
     ]
 
 

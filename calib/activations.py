@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -65,6 +65,7 @@ class ActivationWriter:
         shape: `(rows, seq_len, hidden)`.
         dtype: what is stored; batches are converted to it.
         label: begins the messages, for example "layer 17 (student)".
+        first_row: number of the file's first row, for the messages, where it is one part of many.
 
     Raises:
         OutputError: the volume is full or read-only.
@@ -72,12 +73,18 @@ class ActivationWriter:
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, label: str = ""
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        label: str = "",
+        first_row: int = 0,
     ) -> None:
         self._path = path
         self._shape = shape
         self._dtype = dtype
         self._label = label or path.name
+        self._first_row = first_row
         self._rows = 0
         self._hash = xxhash.xxh3_128()
         self._unsynced = 0
@@ -178,26 +185,28 @@ class ActivationWriter:
             else "run again with --dtype float32; if that does not help, the model itself is broken"
         )
         raise RilqError(
-            f"{self._label}: activations of row {first + bad[0]} hold NaN or infinity "
-            f"in {kind} ({len(bad)} of {len(stored)} rows of this batch)\n  {remedy}"
+            f"{self._label}: activations of row {self._first_row + first + bad[0]} hold NaN or "
+            f"infinity in {kind} ({len(bad)} of {len(stored)} rows of this batch)\n  {remedy}"
         )
 
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """A complete file of hidden states.
+    """Complete hidden states of one layer boundary, in one file, or in one of each process.
 
     Attributes:
-        path: the file.
+        path: the file, or what the names of several are made from; see `part_path`.
         shape: `(rows, seq_len, hidden)`.
         dtype: of its elements.
         pinned: read rows into page-locked memory, from which a GPU copies without waiting.
+        starts: first rows of the files.
     """
 
     path: Path
     shape: tuple[int, int, int]
     dtype: torch.dtype
     pinned: bool = False
+    starts: tuple[int, ...] = (0,)
 
     @property
     def row_bytes(self) -> int:
@@ -219,8 +228,11 @@ class ActivationStore:
         if not 0 <= start <= stop <= self.shape[0]:
             raise ValueError(f"rows {start}:{stop} of {self.shape[0]}")
         rows = self._empty(stop - start)
-        with self._open() as file:
-            self._fill(file, start, rows)
+        for first, part in self._parts():
+            low, high = max(start, first), min(stop, first + part.shape[0])
+            if low < high:
+                with part._open() as file:
+                    part._fill(file, low - first, rows[low - start : high - start])
         return rows
 
     def gather(self, indices: Sequence[int]) -> Tensor:
@@ -234,9 +246,12 @@ class ActivationStore:
         if wrong:
             raise ValueError(f"rows {wrong[:10]} of {self.shape[0]}")
         rows = self._empty(len(indices))
-        with self._open() as file:
-            for place, index in enumerate(indices):
-                self._fill(file, index, rows[place])
+        for first, part in self._parts():
+            places = [i for i, at in enumerate(indices) if 0 <= at - first < part.shape[0]]
+            if places:
+                with part._open() as file:
+                    for place in places:
+                        part._fill(file, indices[place] - first, rows[place])
         return rows
 
     def batches(self, size: int, rows: range | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -282,6 +297,18 @@ class ActivationStore:
     def _reading(self, start: int, stop: int) -> Callable[[], tuple[int, Tensor]]:
         return lambda: (start, self.read(start, stop))
 
+    def _parts(self) -> Iterator[tuple[int, "ActivationStore"]]:
+        """First row and store of every file; this one itself where there is one."""
+        if len(self.starts) == 1:
+            yield 0, self
+            return
+        for start, stop in zip(self.starts, [*self.starts[1:], self.shape[0]], strict=True):
+            path = part_path(self.path, start, len(self.starts))
+            yield (
+                start,
+                replace(self, path=path, shape=(stop - start, *self.shape[1:]), starts=(0,)),
+            )
+
     def _open(self) -> FileIO:
         try:
             return open(self.path, "rb", buffering=0)  # straight into the tensor, no copy
@@ -313,6 +340,11 @@ class ActivationStore:
             f"{self.path}: activations cannot be read: {err.strerror or err}\n"
             "  run the same command again to make them anew"
         )
+
+
+def part_path(path: Path, start: int, parts: int) -> Path:
+    """The file of the rows from `start` on, where `parts` files hold what `path` alone would."""
+    return path if parts == 1 else path.with_name(f"{path.stem}.from{start}{path.suffix}")
 
 
 def prefetch(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:

@@ -1,5 +1,7 @@
 """Sums over the inputs of one linear."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ class HessianSum:
             self._sum.addmm_(rows.T, rows)
             self.tokens += len(rows)
 
+    def merge(self, added: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of several processes; `added` adds a tensor up over all of them."""
+        self._sum = added(self._sum)
+        self.tokens = int(added(torch.tensor(self.tokens)).item())
+
     def value(self) -> Tensor:
         """The mean of `x x^T` over the tokens: `[in_features, in_features]` float32.
 
@@ -51,10 +58,14 @@ class HessianSum:
 
 
 class SquareSum:
-    """Mean squares of each input channel over any number of batches: a Hessian's diagonal."""
+    """Mean squares of each input channel over any number of batches: a Hessian's diagonal.
+
+    Attributes:
+        tokens: input vectors added so far.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._tokens = 0
+        self.tokens = 0
         self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
 
     @torch.no_grad()
@@ -62,8 +73,13 @@ class SquareSum:
         """Add the inputs of one batch, `[..., in_features]`, any float dtype."""
         rows = x.reshape(-1, x.shape[-1])
         self._sum += rows.to(self._sum.device, torch.float32).square().sum(0)
-        self._tokens += len(rows)
+        self.tokens += len(rows)
+
+    def merge(self, added: Callable[[Tensor], Tensor]) -> None:
+        """See `HessianSum.merge`."""
+        self._sum = added(self._sum)
+        self.tokens = int(added(torch.tensor(self.tokens)).item())
 
     def value(self) -> Tensor:
         """The mean of `x^2` over the tokens, `[in_features]` float32; zero before any."""
-        return self._sum / max(self._tokens, 1)
+        return self._sum / max(self.tokens, 1)

@@ -4,7 +4,7 @@ A command's module imports torch, and what needs it, inside the command: `--help
 """
 
 # In the order of `rilq --help`; a command is there once its module is imported.
-from rilq.cli import convert, evaluate, compare, runs, analyze, batch, export, push  # isort: skip
+from rilq.cli import convert, evaluate, compare, runs, report, analyze, batch, export, push  # isort: skip
 from rilq.cli.app import app, main
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "export",
     "main",
     "push",
+    "report",
     "runs",
 ]

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 import rilq
+from rilq.converter.ranks import launched
+from rilq.errors import OptionError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,10 +32,25 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-) -> None: ...
+) -> None:
+    if context.invoked_subcommand != "convert" and launched()[1] > 1:
+        raise SystemExit(_alone(context.invoked_subcommand))
+
+
+def _alone(command: str | None) -> int:
+    """Refuse a command that several processes would each do on their own; the exit code."""
+    index, count = launched()
+    if index == 0:
+        print(
+            f"rilq: {command} runs in one process, and a launcher started {count}\n"
+            "  only rilq convert works with torchrun or accelerate launch; start it without them",
+            file=sys.stderr,
+        )
+    return OptionError.exit_code
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ def compare(
         ),
     ],
     text: Annotated[
-        str | None,
+        str,
         option(TEXT, "What checkpoints are measured on: a file, wikitext2, c4, or owner/name."),
-    ] = None,
+    ] = "wikitext2",
     text_key: Annotated[str, option(TEXT, "Key of the text in a record.")] = "text",
     seqlen: Annotated[
         int | None, option(TEXT, "Context. (default: 2048, or the models' maximum)")

@@ -32,7 +32,8 @@ from rilq.cli.options import (
     Revision,
     option,
 )
-from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.cli.session import is_first, reporting, stoppable, user_errors
+from rilq.cli.summary import show_conversion
 from rilq.cli.tables import plan_table, show_plan, show_push
 from rilq.errors import OptionError
 
@@ -149,6 +150,14 @@ def convert_options(
         str | None,
         option(TRAIN, "pooled: merged; lora: the paper's, kept beside the base. (default: pooled)"),
     ] = None,
+    adapter_targets: Annotated[
+        list[str] | None,
+        option(
+            TRAIN,
+            "Linears that get an adapter: attention, mlp, experts, all, or patterns; repeatable. "
+            "(default: attention and mlp)",
+        ),
+    ] = None,
     adapter_init: Annotated[
         str | None,
         option(
@@ -237,6 +246,14 @@ def convert_options(
     max_disk: Annotated[
         str | None, option(MACHINE, "As --evict, and no more than this, such as 20GB.")
     ] = None,
+    expert_memory: Annotated[
+        str | None,
+        option(
+            MACHINE,
+            "The most that the experts of a layer may take together, such as 8GB; above it they "
+            "come one by one. (default: half of what is free)",
+        ),
+    ] = None,
     max_shard_size: Annotated[str, option(OUT, "Such as 5GB or 500MiB.")] = "5GB",
     output_dir: Annotated[
         Path | None,
@@ -276,6 +293,7 @@ def convert_options(
         rank=rank,
         alpha=alpha,
         adapter=adapter,
+        adapter_targets=tuple(adapter_targets) if adapter_targets else None,
         adapter_init=adapter_init,
         keep_adapter=keep_adapter,
         train=train,
@@ -295,6 +313,7 @@ def convert_options(
         device_memory=device_memory,
         evict=evict,
         max_disk=max_disk,
+        expert_memory=expert_memory,
         max_shard_size=max_shard_size,
         output_dir=output_dir,
         work_dir=work_dir,
@@ -355,6 +374,10 @@ def convert(
         list[str] | None,
         option(OUT, "Also write <output>-<kind>, as `rilq export --to` does; repeatable."),
     ] = None,
+    page: Annotated[
+        bool,
+        option(OUT, "Also write <output>.report.html, a page to look at.", "--report/--no-report"),
+    ] = True,
     db: Db = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -367,6 +390,9 @@ def convert(
         stoppable(f"state is in {options.work}"),
         reporting(quiet, log_file, options.work) as report,
     ):
+        from rilq.evaluation.report.page import page_beside
+
+        place = page_beside(options.output) if page else None
         pushing = None
         if push_to is not None:
             pushing = rilq.PushOptions(
@@ -383,10 +409,13 @@ def convert(
             planned=lambda plan: show_plan(plan, report),
             exports={kind: _beside(options.output, kind) for kind in export or ()},
             push=pushing,
+            page=place,
             db=db,
         )
         if result.pushed is not None:
             show_push(result.pushed, report)
+    if not is_first():
+        return
     if as_json:
         print(json.dumps({
             "output": str(result.output),
@@ -397,6 +426,8 @@ def convert(
             "exports": [each.as_dict() for each in result.exports],
             "pushed": result.pushed and result.pushed.as_dict(),
         }, default=str))  # fmt: skip
+    elif not quiet:
+        show_conversion(result, options.model, place, Console(stderr=True, highlight=False))
 
 
 @app.command()

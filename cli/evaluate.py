@@ -24,6 +24,7 @@ from rilq.cli.options import (
     option,
 )
 from rilq.cli.session import reporting, stoppable, user_errors
+from rilq.cli.summary import show_evaluation
 
 TASKS, PROMPTS = "Tasks, by lm-evaluation-harness", "Prompts, continued greedily"
 
@@ -115,3 +116,5 @@ def evaluate(
         print(json.dumps(result.as_dict()))
     else:
         Console(highlight=False).print(evaluation_view(model, result))
+        if not quiet:
+            show_evaluation(model, text, result, Console(stderr=True, highlight=False))

@@ -55,7 +55,7 @@ def _figures(found: "Evaluation") -> Table:
 def _figure_rows(found: "Evaluation") -> Iterator[tuple[str, str]]:
     yield "text", printable(found.text, 400)
     yield "windows", f"{found.windows:,} of {found.seqlen:,} tokens, {found.dtype}"
-    yield from (("", printable(note, 400)) for note in found.notes)
+    yield from (("", printable(note, 400)) for note in found.notes[1:])  # the first is the windows
     base = found.against
     perplexity = f"{found.perplexity:.4f}"
     if base is not None:

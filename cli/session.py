@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from rilq.errors import InputError, Interrupted, RilqError
-from rilq.progress import LogReporter, Reporter, Reporters, RichReporter
+from rilq.converter.ranks import launched
+from rilq.errors import InputError, Interrupted, OtherEndedError, RilqError
+from rilq.progress import LogReporter, Reporter, Reporters, RichReporter, SilentReporter
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -24,14 +26,36 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except RilqError as err:
-        print(f"rilq: {err}", file=sys.stderr)
+        _say(err)
         raise typer.Exit(err.exit_code) from None
     except Interrupted as err:
-        print(f"rilq: {err}", file=sys.stderr)
+        if is_first():
+            print(f"rilq: {err}", file=sys.stderr)
         raise typer.Exit(Interrupted.exit_code) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+
+
+# Seconds: what is wrong for all processes is found by all of them within this time.
+ALIKE = 3.0
+
+
+def _say(err: RilqError) -> None:
+    """Print what went wrong, once where several processes find the same.
+
+    Where the first one fails too, the launcher ends the others while they wait here.
+    """
+    if not is_first():
+        if isinstance(err, OtherEndedError):
+            return
+        time.sleep(ALIKE)
+    print(f"rilq: {err}", file=sys.stderr)
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the one of several that prints."""
+    return launched()[0] == 0
 
 
 @contextmanager
@@ -70,10 +94,15 @@ def stoppable(where: str) -> Iterator[None]:
 def reporting(quiet: bool, log_file: Path | None, folder: Path = Path()) -> Iterator[Reporter]:
     """The reporter for where standard error goes, and one more for a log file.
 
+    Of several processes the first one reports.
+
     Free disk space is shown for the volume of `folder`.
     """
     with ExitStack() as stack:
         reporters: list[Reporter] = []
+        if not is_first():
+            yield SilentReporter()
+            return
         if sys.stderr.isatty() and not quiet:
             console = Console(stderr=True)
             reporters.append(stack.enter_context(RichReporter(console, folder)))

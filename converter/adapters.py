@@ -14,24 +14,30 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from rilq.converter.options import AdapterKind
+from rilq.converter.options import AdapterKind, is_target
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What adapters to put beside every quantized linear.
+    """What adapters to put beside quantized linears.
 
     Attributes:
         kind: "pooled" merges exactly; "lora" is the paper's and stays beside the base.
         rank: columns of `B`; for a pooled adapter the effective rank is `min(rank, groups)`.
         alpha: the output is scaled by `alpha / rank`.
         seed: of the initial `A`.
+        targets: which linears have one, see `is_target`.
     """
 
     kind: AdapterKind
     rank: int
     alpha: float
     seed: int
+    targets: tuple[str, ...] = ("all",)
+
+    def adapts(self, name: str) -> bool:
+        """Whether the linear `name` has an adapter."""
+        return any(is_target(target, name) for target in self.targets)
 
     @property
     def scaling(self) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rilq.converter.analysis import Analysis, Row, labels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # type: ignore[import-not-found,unused-ignore]
+    from matplotlib.axes import Axes
 
 COLOURS = {"svd": "#7f7f7f", "linear": "#1f77b4", "layer": "#e08214", "model": "#b2182b"}
 MARKERS = {"svd": "s", "linear": "^", "layer": "D", "model": "o"}
@@ -18,18 +18,12 @@ BITS_COLOURS = {2: "#b2182b", 3: "#e08214", 4: "#1f77b4"}
 
 
 def plot(found: Analysis) -> bytes:
-    """A PNG image of three panels.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    import matplotlib  # type: ignore[import-not-found,unused-ignore]
-
-    matplotlib.use("Agg")  # no display is needed, or asked for
-    from matplotlib import pyplot
+    """A PNG image of three panels."""
+    from matplotlib.figure import Figure
 
     settings = found.settings
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     figure.suptitle(
         f"{found.model}: {settings['adapter']} adapters on {settings['bits']}-bit "
         f"{settings['quantizer']}, groups of {settings['group_size']}"
@@ -55,7 +49,6 @@ def plot(found: Analysis) -> bytes:
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=90, metadata={"Software": ""})
-    pyplot.close(figure)
     return image.getvalue()
 
 
@@ -84,7 +77,7 @@ def _against_rank(axes: Axes, found: Analysis, value: Callable[[Row], float]) ->
 
 def _plain_numbers(axes: Axes) -> None:
     """A logarithmic axis that spans little is labelled 20, 30, 40 and not 2 x 10^1."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # type: ignore[import-not-found,unused-ignore]
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0), numticks=12))
     axes.yaxis.set_major_formatter(ScalarFormatter())

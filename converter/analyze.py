@@ -40,7 +40,7 @@ from rilq.converter.stream import StreamingPass, StreamOptions
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions
 from rilq.converter.workdir import WorkDir, open_workdir
-from rilq.errors import OptionError, OutputError, RilqError
+from rilq.errors import OptionError, OutputError, RilqError, UnsupportedArchitectureError
 from rilq.evaluation.forward import Subject, mean_loss
 from rilq.evaluation.gap import gap_closed
 from rilq.formats.durable import write_bytes
@@ -69,22 +69,8 @@ def analyze(options: AnalyzeOptions, report: Reporter) -> Analysis:
             found = _Analyzer(options, job, work, rows, held_out, report).run()
     write_bytes(options.output / JSON_NAME, (json.dumps(found.as_dict(), indent=2) + "\n").encode())
     write_bytes(options.output / TABLE_NAME, as_markdown(found).encode())
-    _plot(found, options.output, report)
+    write_bytes(options.output / PLOT_NAME, plot(found))
     return found
-
-
-def _plot(found: Analysis, output: Path, report: Reporter) -> None:
-    """Write the figure, if matplotlib is there; an older one must not stand beside new numbers."""
-    (output / PLOT_NAME).unlink(missing_ok=True)
-    try:
-        image = plot(found)
-    except ImportError as err:
-        report.warn(
-            f"no {PLOT_NAME}: {err}\n  pip install rilq[plot], and run again; the table and "
-            f"{JSON_NAME} are complete"
-        )
-        return
-    write_bytes(output / PLOT_NAME, image)
 
 
 class _Analyzer:
@@ -313,6 +299,10 @@ def held_out_figures(
 
 def _check(job: Job, options: AnalyzeOptions) -> None:
     """Raises OptionError or OutputError for what would go wrong late."""
+    if job.plan.experts:
+        raise UnsupportedArchitectureError(
+            f"{job.plan.model}: is a mixture of experts, of which rilq analyze knows nothing yet"
+        )
     groups = min((p.in_features // options.group_size for p in job.plan.quantized), default=0)
     if options.adapter == "pooled" and max(options.ranks) > groups:
         raise OptionError(

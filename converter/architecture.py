@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rilq.converter.machine import large_blocks_returned
 from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line, printable
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.experts import separate_experts
 from rilq.formats.native import RilqConfig, native_config, replace_modules
 
 # model_type of every architecture whose streamed states were tested against transformers in memory.
@@ -27,6 +29,12 @@ SUPPORTED = {
     "gemma3_text": "Gemma 3 (text)",
     "phi3": "Phi-3",
     "olmo2": "OLMo 2",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2-MoE",
+    "qwen3_moe": "Qwen3-MoE",
+    "olmoe": "OLMoE",
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3",
 }
 
 # Sizes in config.json that must be positive where they are given.
@@ -34,6 +42,7 @@ _SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
+    "moe_intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -140,13 +149,19 @@ def build_skeleton(
     try:
         # Each weight is real for a moment, if never touched: without the first one, holes in the
         # heap remain of it, 470 MB of address space for 80 layers of hidden size 512.
-        with large_blocks_returned(1 << 17), init_empty_weights(include_buffers=False):
+        with (
+            large_blocks_returned(1 << 17),
+            init_empty_weights(include_buffers=False),
+            _FusedExpertsOnMeta(),
+        ):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as err:
         raise CheckpointError(
             f"config.json: transformers cannot build this model: {one_line(err)}\n"
             "  check the sizes, hidden_act, rope_parameters and pad_token_id"
         ) from err
+    separate_experts(model)
+    _widen(model, dtype)
     if quantization is not None:
         try:
             replace_modules(model, quantization)
@@ -154,6 +169,30 @@ def build_skeleton(
             raise CheckpointError(f"config.json: quantization_config: {err}") from err
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+class _FusedExpertsOnMeta(TorchFunctionMode):
+    """Experts that are fused are not even asked for: 15 GB at once for a layer of DeepSeek-V3."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and len(args) == 3:  # [experts, out, in]
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what transformers never computes in 16 bits (a router's bias) the dtype that it takes.
+
+    It does so when it loads a checkpoint, not when it builds a model.
+    """
+    for part, wider in model._get_dtype_plan(dtype).items():  # type: ignore[operator]
+        for name, buffer in list(model.named_buffers()):
+            if part in name.split("."):
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, buffer.to(wider))
 
 
 def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:

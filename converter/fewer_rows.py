@@ -49,7 +49,8 @@ def with_fewer_rows(
         run: begins from what is committed, whatever an attempt before it has done.
 
     Raises:
-        torch.OutOfMemoryError: there is one row only, or half the rows are too many as well.
+        torch.OutOfMemoryError: there is one row only, or half the rows are too many as well, or
+            the work is shared between processes.
     """
     unit = f"fewer rows in {part}"
     kept = [record for record in work.stage(STAGE) if record.unit == unit]
@@ -58,7 +59,8 @@ def with_fewer_rows(
         return run(rows)
     except torch.OutOfMemoryError as err:
         fewer = rows.halved()
-        if kept or fewer == rows:
+        # Of several processes the others have not run out, and would wait for this one's sums.
+        if kept or fewer == rows or work.shared:
             raise
         what = one_line(err)
     # Not in the handler: until it is left, the error keeps all that the attempt had in memory.

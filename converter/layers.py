@@ -6,8 +6,10 @@ transformers' own forward pass, so that nothing about an architecture is written
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ from rilq.converter.architecture import (
     load_config,
     tied_head_differs,
 )
+from rilq.converter.experts import LayerTensors, fetched_when_run, names_at_once
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.experts import Experts
 from rilq.formats.native import native_config
+from rilq.formats.packed_linear import RilqLinear
 from rilq.formats.shard import listing
+from rilq.formats.spec import QuantSpec
 
 # Old exports stored these buffers; transformers computes them from the config.
 _DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias.causal")
@@ -38,6 +44,8 @@ class StreamedModel:
         model: the causal language model; its decoder layers are on the meta device unless loaded.
         prefix: module name of the layer list, for example `model.layers`.
         dtype, device: where and in what the layers compute.
+        experts_apart: the experts of a layer do not fit the memory together; each is in it only
+            while it runs.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,6 +57,7 @@ class StreamedModel:
         self.prefix, self.layers = decoder_layers(self.model, self.config)
         self._calls: list[dict[str, Any]] = []
         self._seqlen = 0
+        self.experts_apart = False
         self._check_tensors()
 
     # -- what the checkpoint must hold -----------------------------------------------------------
@@ -59,7 +68,15 @@ class StreamedModel:
         tied = _tied_names(self.model)
         found = self.checkpoint.tensors
         missing = [n for n in expected if n not in found and n not in tied]
-        extra = [n for n in found if n not in expected and not n.endswith(_DERIVED)]
+        # Layers of DeepSeek-V3 that guess further tokens; transformers does not know them either.
+        ignored: Any = self.model._keys_to_ignore_on_load_unexpected or []
+        extra = [
+            n
+            for n in found
+            if n not in expected
+            and not n.endswith(_DERIVED)
+            and not any(re.search(pattern, n) for pattern in ignored)
+        ]
         wrong = [n for n in expected if n in found and tuple(expected[n]) != found[n].shape]
         count = len(self.layers)
         label = self.checkpoint.source.label
@@ -85,10 +102,17 @@ class StreamedModel:
 
     def layer_names(self, index: int) -> list[str]:
         """Checkpoint names of decoder layer `index`, as stored."""
-        start = f"{self.prefix}.{index}."
-        return [
-            n for n in self.checkpoint.tensors if n.startswith(start) and not n.endswith(_DERIVED)
-        ]
+        return list(self._names_by_layer.get(str(index), []))
+
+    @cached_property
+    def _names_by_layer(self) -> dict[str, list[str]]:
+        """Of all decoder layers, by number; a mixture has a hundred thousand."""
+        found: dict[str, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            if name.startswith(f"{self.prefix}.") and not name.endswith(_DERIVED):
+                index = name.removeprefix(f"{self.prefix}.").partition(".")[0]
+                found.setdefault(index, []).append(name)
+        return found
 
     def outer_names(self) -> list[str]:
         """Checkpoint names of everything outside the decoder layers (a tied head is left out)."""
@@ -124,6 +148,21 @@ class StreamedModel:
             if isinstance(module, nn.Linear)
         }
 
+    def experts(self, index: int) -> tuple[str, Experts] | None:
+        """The experts of decoder layer `index` with their full name, if it has any."""
+        for name, module in self.layers[index].named_modules():
+            if isinstance(module, Experts):
+                return f"{self.prefix}.{index}.{name}", module
+        return None
+
+    def expert_bytes(self) -> int:
+        """What the experts of the largest layer take in memory together."""
+        sizes = [0]
+        for found in filter(None, map(self.experts, range(len(self.layers)))):
+            tensors = found[1].state_dict().values()
+            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        return max(sizes)
+
     # -- weights in and out ----------------------------------------------------------------------
 
     def load_outer(self, tensors: dict[str, Tensor]) -> None:
@@ -145,19 +184,56 @@ class StreamedModel:
             if not torch.equal(self.checkpoint.read([name])[name].to(head), head):
                 raise tied_head_differs(self.checkpoint.source.label, name)
 
+    def read_layer(self, index: int) -> LayerTensors:
+        """The tensors of decoder layer `index`; those of experts later, if they are apart."""
+        return self.layer_tensors(index, self.checkpoint.read(self.names_at_once(index)))
+
+    def names_at_once(self, index: int) -> list[str]:
+        """Names of what decoder layer `index` is loaded with: not of experts that are apart."""
+        names = self.layer_names(index)
+        return names_at_once(names) if self.experts_apart else names
+
+    def layer_tensors(self, index: int, read: Mapping[str, Tensor]) -> LayerTensors:
+        """As `read_layer`, of a layer whose `names_at_once` are read already."""
+        return LayerTensors(self.checkpoint, self.layer_names(index), read)
+
     @contextmanager
-    def loaded(self, index: int, tensors: dict[str, Tensor]) -> Iterator[nn.Module]:
+    def loaded(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights on the device; afterwards back on meta.
 
         Args:
-            tensors: by full checkpoint name, as `Checkpoint.read(layer_names(index))` gives them.
+            tensors: by full checkpoint name, as `read_layer` gives them.
         """
+        apart = tensors.apart if isinstance(tensors, LayerTensors) else set()
+        linears = dict(self.linears(index)) if apart else {}
+
+        def place(name: str) -> None:
+            place_tensor(self.model, name, tensors[name], self.device)
+
         try:
-            for name, value in tensors.items():
-                place_tensor(self.model, name, value, self.device)
-            yield self.layers[index]
+            for name in tensors:
+                if name not in apart:
+                    place(name)
+            found = self.experts(index) if apart else None
+            with fetched_when_run(found[1], found[0], place) if found else nullcontext():
+                yield self.layers[index]
         finally:
+            for name, linear in linears.items():  # of what `pack_linear` replaced
+                self.model.set_submodule(name, linear)
             self.layers[index].to("meta")
+
+    def pack_linear(self, name: str, native: Mapping[str, Tensor], spec: QuantSpec) -> None:
+        """Run a linear of a loaded layer, whose experts are apart, over its packed codes.
+
+        Args:
+            native: tensors of its layer by full name, as the output will hold them.
+        """
+        old = self.model.get_submodule(name)
+        assert isinstance(old, nn.Linear), "no linear"
+        packed = RilqLinear(old.in_features, old.out_features, spec, device="meta")
+        self.model.set_submodule(name, packed)
+        for part in ("weight", "weight_scale", "zero_point"):
+            place_tensor(self.model, f"{name}.{part}", native[f"{name}.{part}"], self.device)
 
     def drop_embeddings(self) -> None:
         """Free the embedding and the head: layers and final norm run without them."""
@@ -338,13 +414,20 @@ def linear_input(streamed: StreamedModel, index: int, linear: nn.Linear, hidden:
     Returns:
         `[rows, seq_len, in_features]`, in the compute dtype.
     """
-    caught: list[Tensor] = []
+    return module_inputs(streamed, index, linear, hidden)[0]
+
+
+def module_inputs(
+    streamed: StreamedModel, index: int, module: nn.Module, hidden: Tensor
+) -> tuple[Tensor, ...]:
+    """What a part of a loaded decoder layer is called with; what comes after is not computed."""
+    caught: list[tuple[Tensor, ...]] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
+        caught.append(args)
         raise _Reached
 
-    handle = linear.register_forward_pre_hook(hook)
+    handle = module.register_forward_pre_hook(hook)
     try:
         streamed.run(index, hidden)
     except _Reached:

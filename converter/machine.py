@@ -119,7 +119,13 @@ def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 3)
 
 
 # What torch, Rust and the system say when memory or address space is used up.
-_EXHAUSTED = ("can't allocate memory", "not enough memory", "bad_alloc", "start new thread")
+_EXHAUSTED = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "start new thread",
+)
 
 
 @contextmanager

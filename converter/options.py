@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rilq.errors import OptionError
-from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantSpec
+from rilq.formats.spec import BITS, EXPERTS, GROUP_SIZES, OUTER_BITS, QuantSpec
 
 AdapterKind = Literal["pooled", "lora"]
 AdapterInit = Literal["zero", "loftq", "eora"]
@@ -65,6 +65,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 DEFAULT_ROWS = 320  # rows of the paper's calibration set
 DEFAULT_SEQLEN = 512
 MOST_AVERAGE_BITS = 4  # the most bits of a linear with --avg-bits
+ROUTERS = ("gate", "shared_expert_gate")  # what chooses experts or weighs them is never quantized
+TARGETS = ("attention", "mlp", "experts", "all")  # of adapters; anything else is a pattern
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class ConvertOptions:
     rank: int = 16
     alpha: float = 16.0
     adapter: AdapterKind = "pooled"
+    adapter_targets: tuple[str, ...] = ("attention", "mlp")
     adapter_init: AdapterInit = "zero"
     keep_adapter: bool = False
     train: Train | None = None
@@ -116,6 +119,7 @@ class ConvertOptions:
     val_every: int = 50
     patience: int = 5
     # the machine
+    expert_memory: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     student: Tier | Literal["auto"] = "auto"
@@ -203,7 +207,7 @@ class ConvertOptions:
 
     def spec_for(self, name: str) -> QuantSpec | None:
         """How the linear `name` is quantized; None if it stays as it is."""
-        if any(matches(pattern, name) for pattern in self.skip):
+        if is_router(name) or any(matches(pattern, name) for pattern in self.skip):
             return None
         bits = self.bits
         for pattern, value in self.bits_for:
@@ -216,11 +220,30 @@ class ConvertOptions:
         without = {
             "model", "revision", "dataset", "output_dir", "work_dir", "resume", "keep_work",
             "device", "dtype", "student", "micro_batch", "device_memory", "evict", "max_disk",
+            "expert_memory",
         }  # fmt: skip
         values = {k: v for k, v in asdict(self).items() if k not in without}
         values["bits_for"] = dict(self.bits_for)
         values["skip"] = list(self.skip)
+        values["adapter_targets"] = list(self.adapter_targets)
         return values
+
+
+def is_router(name: str) -> bool:
+    """Whether the linear `name` chooses experts, or weighs one that always runs."""
+    return name.rpartition(".")[2] in ROUTERS
+
+
+def is_target(target: str, name: str) -> bool:
+    """Whether an adapter target, one of `TARGETS` or a pattern, names the linear `name`."""
+    if target not in TARGETS:
+        return matches(target, name)
+    kind = "mlp"
+    if EXPERTS in name:
+        kind = "experts"
+    elif "self_attn" in name.split("."):
+        kind = "attention"
+    return target in ("all", kind)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -303,6 +326,8 @@ def _check(options: ConvertOptions) -> None:
     for key in ("learning_rate", "scales_learning_rate"):
         if (rate := getattr(o, key)) is not None and not 0 < rate < float("inf"):
             problems.append(f"{flag(key)} {rate}: expected a positive number")
+    if not o.adapter_targets:
+        problems.append("--adapter-targets: expected at least one")
     if not o.dataset:
         problems.append("--dataset: expected at least one")
     if "lm_head" in o.skip and o.head_bits in OUTER_BITS[1:]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite
@@ -25,22 +26,26 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.adapters import AdapterSpec, plain_adapters
 from rilq.converter.architecture import refuse_quantized
 from rilq.converter.bit_choice import average_bits, choose_bits
+from rilq.converter.experts import expert_quality
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
-from rilq.converter.machine import measure_machine, memory_errors_explained
+from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.pace import measure_pace
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
-from rilq.converter.rotation import RotatedCheckpoint
+from rilq.converter.ranks import ALONE, Ranks
+from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
+from rilq.converter.shared_workdir import SharedWorkDir
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
 from rilq.converter.student import Student
 from rilq.converter.train import Progress, Trainer, TrainOptions, validation_losses
 from rilq.converter.workdir import (
     SOURCE_FOLDER,
+    Record,
     WorkDir,
     has_begun,
     open_workdir,
@@ -48,12 +53,14 @@ from rilq.converter.workdir import (
     peek_facts,
 )
 from rilq.converter.zero_point_cost import relative_errors, rounding_errors
-from rilq.errors import WorkDirError
+from rilq.errors import OptionError, WorkDirError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
+from rilq.formats.shard import listing
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.source import Source
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
@@ -92,35 +99,67 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion about to run: options, source and plan."""
+    """A conversion about to run: options, source and plan; and who else runs it."""
 
     options: ConvertOptions
     checkpoint: Checkpoint
     streamed: StreamedModel
     plan: Plan
+    ranks: Ranks = ALONE
 
 
-def prepare(options: ConvertOptions, report: Reporter) -> Job:
+def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> Job:
     """Open the source and plan; reads headers, writes nothing.
 
     A job that was stopped goes on with the Hub commit and the choices that it began with.
 
+    Args:
+        ranks: this process among those that convert together.
+
     Raises:
         InputError: the options, the checkpoint or the architecture cannot be used.
     """
-    parse_size(options.max_shard_size)
-    if options.device_memory is not None:
-        parse_size(options.device_memory)
+    for size in (options.max_shard_size, options.device_memory, options.expert_memory):
+        if size is not None:
+            parse_size(size)
+    if ranks.several and options.evicts:
+        raise OptionError(
+            f"--evict, --max-disk: not with {ranks.count} processes, which would delete shards "
+            "that others still read\n  leave them out, or convert in one process"
+        )
     source = _open_source(options, report)
-    checkpoint = Checkpoint.open(source, report=report)
+    checkpoint = open_source_checkpoint(source, report=report)
     refuse_quantized(checkpoint)
+    if (
+        ranks.several and source.commit is not None
+    ):  # into the cache that a machine's processes share
+        if ranks.local_index == 0:
+            for shard in checkpoint.shards:
+                source.path(shard)
+        ranks.wait()
     if options.rotate:
+        refuse_fp8(checkpoint)
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
-    machine = measure_machine(options.device, limit=options.device_memory)
+    machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
+    if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
+        raise OptionError(
+            f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
+            "cannot share yet\n  convert it in one process"
+        )
     plan = make_plan(streamed, options, machine, measure_pace)
-    return Job(options, checkpoint, streamed, plan)
+    if ranks.several:  # the same words for all of them, and for a single process that goes on
+        plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
+    return Job(options, checkpoint, streamed, plan, ranks)
+
+
+def _measure(options: ConvertOptions, ranks: Ranks) -> Machine:
+    """The machine; of several processes, with this one's device and part of the host's memory."""
+    if ranks.device is None:
+        return measure_machine(options.device, limit=options.device_memory)
+    machine = measure_machine(str(ranks.device), limit=options.device_memory)
+    return replace(machine, host_free=machine.host_free // ranks.local_count)
 
 
 def progress(job: Job) -> Literal["done", "begun", "new"]:
@@ -144,15 +183,38 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         InputError: before any work, for what cannot succeed.
         RilqError: the work failed; its state is in the work folder.
     """
-    options = job.options
+    options, ranks = job.options, job.ranks
     fingerprint = job_fingerprint(job)
-    if (quality := _finished(options.output, fingerprint)) is not None:
-        _clean(options, fingerprint, report)
+    _check_alike(fingerprint, ranks)
+    quality = ranks.of_first(_finished(options.output, fingerprint))
+    if quality is not None:
+        if ranks.first:
+            _clean(options, fingerprint, report)
         return ConvertResult(options.output, job.plan, quality, already_done=True)
     _check_places(job)
     check_fits(job.plan)
     tokenizer = load_tokenizer(job.checkpoint)
-    choices = {**asdict(job.plan.choices), "files": job.checkpoint.file_signatures()}
+    with _open_work(job, fingerprint, report) as work:
+        with memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"):
+            quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
+        if ranks.first and not options.keep_work:
+            work.remove()
+    return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
+
+
+@contextmanager
+def _open_work(job: Job, fingerprint: dict[str, Any], report: Reporter) -> Iterator[WorkDir]:
+    """The work folder, checked; the first of several processes holds it, and tells the others."""
+    options, ranks = job.options, job.ranks
+    if not ranks.first:
+        begun, records = ranks.of_first((dict[str, Any](), list[Record]()))
+        yield SharedWorkDir(options.work, begun, records, ranks)
+        return
+    choices = {
+        **asdict(job.plan.choices),
+        "files": job.checkpoint.file_signatures(),
+        "processes": ranks.count,
+    }
     with open_workdir(
         options.work, fingerprint, choices, resume=options.resume, report=report
     ) as work:
@@ -161,26 +223,59 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
         if work.records:
             report.note(f"continuing after {work.last_unit} of {options.work}")
             check_source(job.checkpoint, work)
-        with memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"):
-            quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
-        if not options.keep_work:
-            work.remove()
-    return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
+            if (before := _processes(work)) != ranks.count:
+                report.note(
+                    f"begun with {before} processes, going on with {ranks.count}: the result is "
+                    "that of an unbroken run but for rounding"
+                )
+        if ranks.several:
+            work = SharedWorkDir(work.path, *ranks.of_first((work.job, work.records)), ranks)
+        yield work
+
+
+def _check_alike(fingerprint: dict[str, Any], ranks: Ranks) -> None:
+    """That all processes were given the same job.
+
+    Raises:
+        OptionError: this one's differs from the first one's; the message says in what.
+    """
+    first = ranks.of_first(fingerprint)
+    differences = [
+        f"{key}: {first.get(key)!r} there, {fingerprint.get(key)!r} here"
+        for key in sorted(first.keys() | fingerprint.keys())
+        if first.get(key) != fingerprint.get(key)
+    ]
+    if differences:
+        raise OptionError(
+            f"process {ranks.index} has another job than process 0:\n  "
+            + "\n  ".join(differences)
+            + "\n  start all processes with the same options, files and versions"
+        )
+
+
+def _processes(work: WorkDir) -> int:
+    """How many processes a job was begun with."""
+    return int(work.job["choices"].get("processes", 1))
 
 
 class _Conversion:
     """One run of a job inside its open work folder."""
 
     def __init__(self, job: Job, work: WorkDir, report: Reporter) -> None:
-        self.job, self.work, self.report = job, work, report
+        self.job, self.work, self.report, self.ranks = job, work, report, job.ranks
         self.options, self.streamed, self.plan = job.options, job.streamed, job.plan
         self.bits: dict[str, int] = {}  # of linears that get more than the base's
-        saved = {k: v for k, v in work.job["choices"].items() if k != "files"}
+        saved = {k: v for k, v in work.job["choices"].items() if k not in ("files", "processes")}
         self.choices = Choices(**saved)
+        job.streamed.experts_apart = self.choices.experts_apart
         self.layers = len(job.streamed.layers)
         self.adapter_spec = (
             AdapterSpec(
-                self.options.adapter, self.options.rank, self.options.alpha, self.options.seed
+                self.options.adapter,
+                self.options.rank,
+                self.options.alpha,
+                self.options.seed,
+                self.options.adapter_targets,
             )
             if self.options.trains_adapters
             else None
@@ -193,6 +288,11 @@ class _Conversion:
         self, tokenizer: PreTrainedTokenizerBase, fingerprint: dict[str, Any]
     ) -> dict[str, Any]:
         tokens, data = self._rows(tokenizer)
+        if len(tokens) < self.ranks.count:
+            raise OptionError(
+                f"--nsamples: {len(tokens)} rows for {self.ranks.count} processes\n"
+                "  every process needs rows of its own: start fewer, or use more text"
+            )
         _record_source(self.job.checkpoint.source, self.work)
         validation = max(1, round(len(tokens) * self.options.val_ratio))
         stream = StreamingPass(
@@ -215,6 +315,7 @@ class _Conversion:
                 target=self.options.target,
                 outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
                 initial=self._initial(),
+                trains_experts=self.choices.trains_experts,
                 more_bits=self.options.more_bits,
                 after_layer=partial(
                     rounding_errors,
@@ -225,6 +326,7 @@ class _Conversion:
                 else None,
             ),
             self.report,
+            self.ranks,
         )
         training = self.options.trains != "none"
         stream.run(targets=training)
@@ -232,7 +334,8 @@ class _Conversion:
         quality: dict[str, Any] = {
             "layer_errors": [
                 r.facts["error"] for r in self.work.stage("layers") if "error" in r.facts
-            ]
+            ],
+            **self._expert_quality(),
         }
         if self.options.keep_adapter:
             quality["rounding_error"] = self._zero_point_cost()
@@ -246,6 +349,8 @@ class _Conversion:
             "learning_rate": self.choices.learning_rate,
             "scales_learning_rate": self.choices.scales_learning_rate,
         }
+        if self.plan.experts:  # as the memory allowed
+            recipe["trains_experts"] = self.choices.trains_experts
         quantization = self.plan.quantization(recipe, self.options.bits, self.options.group_size)
         trained: dict[str, Tensor] = {}
         if training:
@@ -256,7 +361,9 @@ class _Conversion:
                 ready = self.work.stage("trained")
             quality |= ready[-1].facts
             trained = load_file(self.work.file("trained.safetensors"))
-        self._write(trained, quantization, data, quality, recipe, fingerprint)
+        self.ranks.wait()  # the first removes the work folder soon, which the others still read
+        if self.ranks.first:
+            self._write(trained, quantization, data, quality, recipe, fingerprint)
         return quality
 
     def _choose_bits(self) -> dict[str, Any]:
@@ -285,6 +392,16 @@ class _Conversion:
         )
         return facts
 
+    def _expert_quality(self) -> dict[str, Any]:
+        """Tokens of the experts, and those that saw too few; both also said."""
+        quality = expert_quality(r.facts for r in self.work.stage("layers"))
+        if few := quality.get("experts_without_data"):
+            self.report.warn(
+                f"{len(few)} linears of experts saw too few tokens, and were quantized without "
+                f"data: {listing(list(few))}\n  more rows (--nsamples) reach more experts"
+            )
+        return quality
+
     def _zero_point_cost(self) -> dict[str, float]:
         errors = relative_errors(record.facts for record in self.work.stage("layers"))
         self.report.note(
@@ -303,26 +420,31 @@ class _Conversion:
         """Calibration rows, cut once and kept: a stopped job needs no network to go on."""
         path = self.work.file("rows.safetensors")
         if not self.work.stage("rows"):
-            rows = calibration_rows(
-                [parse_source(text) for text in self.options.dataset],
-                tokenizer,
-                nsamples=self.options.nsamples,
-                seqlen=self.choices.seqlen,
-                seed=self.options.seed,
-                text_key=self.options.text_key,
-                mode=self.options.rows,
-            )
-            check_vocabulary(
-                rows.tokens, self.streamed.config.vocab_size, self.job.checkpoint.source.label
-            )
-            for note in rows.notes:
-                self.report.note(note)
-            write_tensors(path, {"tokens": rows.tokens})
-            facts = {"digest": rows.digest, "sources": list(rows.sources)}
+            facts = self._cut_rows(tokenizer, path) if self.ranks.first else {}
+            self.ranks.wait()
             self.work.commit("rows", "rows", facts, files={path: file_hash(path)})
         tokens = load_file(path)["tokens"]
         facts = self.work.stage("rows")[0].facts
         return tokens, {**facts, "rows": len(tokens), "seqlen": tokens.shape[1]}
+
+    def _cut_rows(self, tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, Any]:
+        """Write the rows to a file; facts about them for the journal."""
+        rows = calibration_rows(
+            [parse_source(text) for text in self.options.dataset],
+            tokenizer,
+            nsamples=self.options.nsamples,
+            seqlen=self.choices.seqlen,
+            seed=self.options.seed,
+            text_key=self.options.text_key,
+            mode=self.options.rows,
+        )
+        check_vocabulary(
+            rows.tokens, self.streamed.config.vocab_size, self.job.checkpoint.source.label
+        )
+        for note in rows.notes:
+            self.report.note(note)
+        write_tensors(path, {"tokens": rows.tokens})
+        return {"digest": rows.digest, "sources": list(rows.sources)}
 
     @property
     def _merging(self) -> bool:
@@ -373,6 +495,7 @@ class _Conversion:
                 patience=o.patience,
                 seed=o.seed,
             ),
+            ranks=self.ranks,
         )
         if done := self.work.stage("train"):
             trainer.restore(load_file(next(iter(self._paths(done[-1].files)))), done[-1].facts)
@@ -391,7 +514,7 @@ class _Conversion:
         )
         path = self.work.file("trained.safetensors")
         best = dict(trainer.best)
-        write_tensors(path, best)
+        self.ranks.once(partial(write_tensors, path, best))
         if self._merging:
             sample = tokens[-validation:][:COMPARED_ROWS].to(self.streamed.device)
             with torch.no_grad():
@@ -433,6 +556,7 @@ class _Conversion:
             batch=self.choices.micro_batch,
             loss=self.loss,
             device=self.streamed.device,
+            ranks=self.ranks,
         )
         return apart, losses["total"]
 
@@ -481,7 +605,7 @@ class _Conversion:
         def commit() -> None:
             step = trainer.progress.step
             path = self.work.file(f"train-{step:06d}.safetensors")
-            write_tensors(path, trainer.tensors())
+            self.ranks.once(lambda: write_tensors(path, trainer.tensors()))
             self.work.commit(
                 "train",
                 f"step {step}",
@@ -519,6 +643,7 @@ class _Conversion:
             "source": source_facts(self.job.checkpoint),
             "recipe": recipe,
             "compute_dtype": self.choices.dtype,
+            **self._processes(),
             "bits_per_weight": self.plan.bits_per_weight,
             "bits_per_parameter": self.plan.bits_per_parameter,
             "kept_in_16_bits": dict(self.job.plan.kept),
@@ -528,7 +653,7 @@ class _Conversion:
         write_output(
             parts,
             self.job.checkpoint,
-            self.work,
+            self.work.own(),
             output=self.options.output,
             quantization=quantization,
             max_shard_size=parse_size(self.options.max_shard_size),
@@ -537,6 +662,11 @@ class _Conversion:
             integer_base=integer_base,
             report=self.report,
         )
+
+    def _processes(self) -> dict[str, Any]:
+        """Of a job of several processes, how many began it, and ended it if they were others."""
+        counts = sorted({_processes(self.work), self.ranks.count})
+        return {} if counts == [1] else {"processes": counts}
 
 
 def curves(progress: Progress) -> dict[str, Any]:

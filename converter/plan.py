@@ -24,6 +24,7 @@ from rilq.converter.adapters import (
 )
 from rilq.converter.alternatives import ROWS as GAIN_ROWS
 from rilq.converter.bit_choice import budget
+from rilq.converter.experts import HESSIANS, names_apart, names_at_once
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import LOGITS
 from rilq.converter.machine import Machine, volume_of
@@ -33,8 +34,11 @@ from rilq.converter.options import (
     DEFAULT_SEQLEN,
     LAYER_QUANTIZERS,
     MOST_AVERAGE_BITS,
+    TARGETS,
     ConvertOptions,
     Tier,
+    is_router,
+    is_target,
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
@@ -43,10 +47,11 @@ from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
 from rilq.converter.tiers import COPIES, OffloadSizes, pinned_bytes
 from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
-from rilq.formats.native import RilqConfig
+from rilq.formats.native import EXPERTS_FORMAT_VERSION, RilqConfig
 from rilq.formats.packed_linear import CHUNK
 from rilq.formats.shard import TensorInfo
-from rilq.formats.spec import GROUP_SIZES, QuantSpec
+from rilq.formats.spec import EXPERTS, GROUP_SIZES, QuantSpec
+from rilq.formats.writer import parse_size
 from rilq.progress import gigabytes
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once on a CPU: enough for any product
@@ -61,6 +66,7 @@ HESSIAN_PASSES = 1.1
 # Adam's passes over what is trained, float32; a rounded weight with its gradients and moments.
 UPDATE_BYTES, ROUND_BYTES = 60, 120
 JOURNAL = 1 << 20  # bytes of the journal, the rows, and small files beside the output
+APART_TIMES = 16  # as many where experts come one by one
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
@@ -93,6 +99,8 @@ class Choices:
     scales_learning_rate: float
     seqlen: int
     recompute: bool = True  # decoder layers in the backward pass, to save their activations
+    experts_apart: bool = False  # experts of a layer come one by one: together they do not fit
+    trains_experts: bool = True  # with the rest of their layer, by quantizers that train one
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ class Plan:
             sizes and bits below are then upper bounds.
         outer: embedding and head where they are quantized; a tied head is the embedding.
         tied: embedding and head are one matrix.
+        experts: in a decoder layer, at most; 0 for a model without.
         read_bytes: of the checkpoint.
         host_bytes, device_bytes: peak memory above the interpreter's own; on a CPU all is host.
         host_free, device_free: what there was of it when this was planned.
@@ -136,6 +145,7 @@ class Plan:
     embed_bits: int
     head_bits: int
     tied: bool
+    experts: int
     outer: tuple[LinearPlan, ...]
     rows: int
     validation_rows: int
@@ -192,6 +202,7 @@ class Plan:
                 p.name: p.spec.bits for p in self.quantized if p.spec and p.spec.bits != bits
             },
             recipe=recipe,
+            format_version=EXPERTS_FORMAT_VERSION if self.experts else None,
         )
 
 
@@ -217,7 +228,10 @@ def make_plan(
     linears = _linears(streamed, options)
     quantized = tuple(p for p in linears if p.spec is not None)
     kept = tuple((p.name, p.kept_because) for p in linears if p.spec is None)
+    spec = _adapter_spec(options)
+    adapted = tuple(p for p in quantized if spec.adapts(p.name)) if options.trains_adapters else ()
     _check(options, quantized, rows, validation)
+    _check_adapted(options, quantized, adapted)
     outer = tuple(
         LinearPlan(name, config.vocab_size, config.hidden_size, spec)
         for name, spec in outer_specs(streamed, options).items()
@@ -248,6 +262,7 @@ def make_plan(
         embed_bits=options.embed_bits,
         head_bits=options.head_bits,
         tied=is_tied(streamed),
+        experts=sizes.experts,
         outer=outer,
         rows=rows,
         validation_rows=validation,
@@ -263,7 +278,9 @@ def make_plan(
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,
         seconds=seconds,
         time_basis=basis,
-        notes=_notes(options, quantized, beside) + _untied(streamed),
+        notes=_notes(options, adapted, beside)
+        + _expert_notes(options, choices, sizes.experts)
+        + (_untied(streamed) if options.rotate else ()),
     )
 
 
@@ -288,7 +305,7 @@ def check_fits(plan: Plan) -> None:
             raise OptionError(
                 f"{what}: {gigabytes(needed)} needed, {gigabytes(free)} free\n"
                 "  lower --seqlen, --batch-size or --micro-batch, use --student offload, or train "
-                "less (--train scales, or --rank 0)"
+                "less (--train adapters or scales, or --rank 0)"
             )
 
 
@@ -299,6 +316,10 @@ class _Sizes:
     layers: int
     layer_values: int  # parameters of the largest decoder layer
     layer_bytes: int
+    layer_page_locked: int  # the same in page-locked memory
+    rest_values: int  # likewise three of the largest decoder layer without experts
+    rest_bytes: int
+    rest_page_locked: int
     outer_values: int
     outer_bytes: int
     outer_packed: int  # weights of embedding and head that are quantized
@@ -308,7 +329,8 @@ class _Sizes:
     largest_linear: int
     widest_input: int
     hidden: int
-    intermediate: int
+    intermediate: int  # of all experts that a token meets, with what they read
+    widest_inner: int  # of one of them
     vocabulary: int
     quantized_weights: int
     quantized_bits: int
@@ -323,6 +345,9 @@ class _Sizes:
     keeps_hessians: bool  # for adapters, beside what the quantizer makes of them
     searches: bool
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
+    experts: int  # of a decoder layer, at most
+    expert_values: int  # parameters of all experts of a decoder layer
+    idle_values: int  # of them, those that no token meets on average
     alternatives: int  # other bits that each linear is quantized to
     alternative_bytes: float  # of all alternatives of one weight
     gain_passes: float  # over all rows, to measure what alternatives gain
@@ -338,17 +363,34 @@ class _Sizes:
         seqlen: int,
     ) -> _Sizes:
         tensors, checkpoint = streamed.checkpoint.tensors, streamed.checkpoint
+        config = streamed.config
         layers = [streamed.layer_names(i) for i in range(len(streamed.layers))]
         outer = streamed.outer_names()
         weights = {f"{p.name}.weight" for p in (*quantized, *packed_outer)}
         bits, outer_bits = _stored_bits(quantized, options.avg_bits), _stored_bits(packed_outer)
         head_size = streamed.config.vocab_size * streamed.config.hidden_size
-        adapters = AdapterSpec(options.adapter, max(1, options.rank), options.alpha, options.seed)
+        adapters = _adapter_spec(options)
         outer_stored = outer_bits // 8 + sum(tensors[n].nbytes for n in outer if n not in weights)
+        apart, rest = [names_apart(n) for n in layers], [names_at_once(n) for n in layers]
+        expert_values = max(_values(streamed, names) for names in apart)
+        found = [streamed.experts(index) for index in range(len(layers))]
+        experts = max(each[1].count if each else 0 for each in found)
+        chosen = config.num_experts_per_tok if experts else 0
+        # What a token takes in all experts that it meets, one after the other.
+        width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        met = chosen * (width + config.hidden_size)
+
+        def page_locked(names: Iterable[str]) -> int:
+            return sum(_page_locked(tensors[name].nbytes) for name in names)
+
         return cls(
             layers=len(layers),
             layer_values=max(_values(streamed, names) for names in layers),
             layer_bytes=max(checkpoint.nbytes(names) for names in layers),
+            layer_page_locked=max(page_locked(names) for names in layers),
+            rest_values=max(_values(streamed, names) for names in rest),
+            rest_bytes=max(checkpoint.nbytes(names) for names in rest),
+            rest_page_locked=max(page_locked(names) for names in rest),
             outer_values=_values(streamed, outer),
             outer_bytes=checkpoint.nbytes(outer),
             outer_packed=sum(p.out_features * p.in_features for p in packed_outer),
@@ -358,7 +400,8 @@ class _Sizes:
             largest_linear=max((p.out_features * p.in_features for p in quantized), default=0),
             widest_input=max((p.in_features for p in quantized), default=0),
             hidden=streamed.config.hidden_size,
-            intermediate=streamed.config.intermediate_size,
+            intermediate=max(config.intermediate_size, met),
+            widest_inner=max(config.intermediate_size, width),
             vocabulary=streamed.config.vocab_size,
             quantized_weights=_weights(quantized),
             quantized_bits=bits,
@@ -376,6 +419,9 @@ class _Sizes:
             searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
             learned_values=max(_values(streamed, names) for names in layers)
             * (options.quantizer in LAYER_QUANTIZERS),
+            experts=experts,
+            expert_values=expert_values,
+            idle_values=expert_values - expert_values * chosen // max(1, experts),
             alternatives=len(options.more_bits),
             alternative_bytes=sum(
                 QuantSpec(bits, options.group_size).bits_per_weight / 8
@@ -390,19 +436,28 @@ class _Sizes:
     def host_bytes(self, item: int, choices: Choices) -> int:
         """Beside a GPU: what is outer; layers as stored; hidden states on their way.
 
-        Of layers these are the one at work and what is saved of it, and the next one as it is read
-        and in page-locked memory; of states those to be written, and two batches each of teacher
-        and student.
+        In page-locked memory, the layer at work and the next one, states to be written, and two
+        batches each of teacher and student; elsewhere what is saved of the layer at work, and the
+        next one as it is read. Experts that are apart are read one at a time, and saved packed.
         """
         outer = self.outer_bytes + self.outer_packed_bytes
         batch = choices.batch_rows * self.seqlen * self.hidden * item
-        states = self.written_behind(item, choices) + 4 * batch
-        return self.layer_bytes * 4 + outer + self.layer_alternatives + states
+        states = (4 + max(1, WRITE_BEHIND // batch)) * _page_locked(batch)
+        layers = 2 * self.layer_page_locked + 2 * self.layer_bytes
+        if choices.experts_apart:
+            layers = 2 * self.rest_page_locked + 2 * self.rest_bytes
+            layers += 2 * self.packed_experts + 3 * self.largest_linear * item
+        return layers + outer + self.layer_alternatives + states
 
     @property
     def layer_alternatives(self) -> int:
         """The largest decoder layer's alternatives."""
         return round(self.alternative_bytes * self.layer_values)
+
+    @property
+    def packed_experts(self) -> int:
+        """Bytes of the experts of a decoder layer as the output holds them."""
+        return int(self.expert_values * self.quantized_bits / max(1, self.quantized_weights)) // 8
 
     def states_bytes(self, item: int) -> int:
         return self.rows * self.seqlen * self.hidden * item
@@ -419,28 +474,37 @@ class _Sizes:
         meanwhile, and what waits to be written. Embedding and head are dropped before the first
         layer comes; they are quantized in parts.
         """
-        held = self.layer_bytes + self.layer_values * item + self.layer_alternatives
+        held = self.layer_bytes + self.layer_values * item
+        ahead = self.layer_bytes
+        if choices.experts_apart:  # those of the output stay packed; none is read ahead
+            held = self.rest_bytes + self.rest_values * item
+            held += 2 * self.packed_experts + 3 * self.largest_linear * item
+            ahead = self.rest_bytes
         if choices.device == "cpu":
-            held += self.layer_bytes + 2 * self.written_behind(item, choices)
+            held += ahead + 2 * self.written_behind(item, choices)
         # Batches of teacher and student, each with the one that is read ahead.
-        held += 4 * choices.batch_rows * self.seqlen * self.hidden * item
-        running = self.activations(choices.batch_rows, item)
+        tokens = choices.batch_rows * self.seqlen
+        held += 4 * tokens * self.hidden * item + self.layer_alternatives
+        # Without gradients nothing is kept of an expert once the next one runs.
+        running = tokens * (10 * self.hidden + 4 * self.widest_inner) * item
         quantizer = 8 * 4 * self.largest_linear
         if self.learned_values:
             # The weights, what is trained with gradient and moments, and what a step keeps.
-            quantizer += LEARNED_COPIES * 4 * self.learned_values
+            learned = self.learned_values if choices.trains_experts else self.rest_values
+            quantizer += LEARNED_COPIES * 4 * learned
             quantizer += 3 * self.activations(choices.micro_batch, item)
         moments = [running, quantizer]
         if self.hessians:
             sums = 4 * self.widest_input**2
             kept = sums * self.keeps_hessians  # where adapters start from them
-            tokens = min(choices.batch_rows * self.seqlen, ROWS_IN_FLOAT32)
             width = self.widest_input
             moments = [
-                sums + running + 4 * width * tokens,
+                sums + running + 4 * width * min(tokens, ROWS_IN_FLOAT32),
                 max(factor_bytes(width), factor_bytes(min(width, AT_ONCE))) + kept,
                 sums + kept + quantizer,
             ]
+            if self.experts:
+                held += min(self.experts * sums, max(HESSIANS, sums))
         outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
         outer += 8 * 4 * min(CHUNK, self.outer_packed)
         return max(outer, held + max(moments))
@@ -503,6 +567,11 @@ class _Sizes:
         return kept + max(4 * states, training), kept + states + 5 * values
 
 
+def _page_locked(nbytes: int) -> int:
+    """What torch takes of page-locked memory for a tensor: the next power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
 def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: ConvertOptions) -> int:
     """What lies beside the checkpoint: a plain LoRA, or an integer base with its adapter."""
     if options.adapter == "lora":
@@ -513,11 +582,21 @@ def _beside_bytes(sizes: _Sizes, quantized: tuple[LinearPlan, ...], options: Con
     return grids + sum(4 * options.rank * (p.out_features + p.in_features) for p in quantized)
 
 
+def _adapter_spec(options: ConvertOptions) -> AdapterSpec:
+    return AdapterSpec(
+        options.adapter,
+        max(1, options.rank),
+        options.alpha,
+        options.seed,
+        options.adapter_targets,
+    )
+
+
 def _trained_values(linear: LinearPlan, options: ConvertOptions, adapters: AdapterSpec) -> int:
     """Values that are trained for one linear."""
     out, width = linear.out_features, linear.in_features
     values = _grid_values(linear, options)
-    if options.trains_adapters:
+    if options.trains_adapters and adapters.adapts(linear.name):
         values += parameter_count(adapters, out, width, options.group_size)
     return values + (out * width if options.trains == "all+codes" else 0)
 
@@ -580,7 +659,7 @@ def _values(streamed: StreamedModel, names: Iterable[str]) -> int:
 def _read_bytes(streamed: StreamedModel) -> int:
     layers = range(len(streamed.layers))
     needed = [*streamed.outer_names(), *(n for i in layers for n in streamed.layer_names(i))]
-    return streamed.checkpoint.nbytes(streamed.checkpoint.source_names(needed))
+    return streamed.checkpoint.source_bytes(needed)
 
 
 def _seqlen(options: ConvertOptions, most: int) -> int:
@@ -600,7 +679,7 @@ def _linears(streamed: StreamedModel, options: ConvertOptions) -> list[LinearPla
         for name, module in streamed.linears(index).items():
             spec = options.spec_for(name)
             pattern = next((p for p in options.skip if matches(p, name)), "")
-            why = "" if spec else f"--skip {pattern}"
+            why = "" if spec else "router" if is_router(name) else f"--skip {pattern}"
             plans.append(LinearPlan(name, module.out_features, module.in_features, spec, why))
     unused = [
         p for p in options.skip if p != "lm_head" and not any(matches(p, n.name) for n in plans)
@@ -629,24 +708,61 @@ def _check(
             f"  {remedy}, or keep those linears in 16 bits with "
             f"--skip {ragged[0].name.rpartition('.')[2]}"
         )
-    if options.adapter == "lora":
-        least = min((min(p.out_features, p.in_features) for p in quantized), default=options.rank)
-        if options.rank > least:
-            raise OptionError(
-                f"--rank {options.rank}: --adapter lora allows at most {least} here, the least "
-                "width of a quantized linear\n  use a smaller --rank"
-            )
     if rows - validation < 1:
         raise OptionError(
             f"--val-ratio {options.val_ratio}: {validation} of {rows} rows leave none to train on"
         )
 
 
+def _check_adapted(
+    options: ConvertOptions, quantized: tuple[LinearPlan, ...], adapted: tuple[LinearPlan, ...]
+) -> None:
+    """Raises OptionError for adapter targets that name nothing, or what cannot be adapted."""
+    if not options.trains_adapters:
+        return
+    names = [p.name for p in quantized]
+    unused = [
+        target
+        for target in options.adapter_targets
+        if target not in TARGETS and not any(is_target(target, name) for name in names)
+    ]
+    if names and (unused or not adapted):
+        raise OptionError(
+            f"--adapter-targets {', '.join(unused or options.adapter_targets)}: matches no "
+            f"quantized linear\n  expected {', '.join(TARGETS)}, or a pattern; names look like "
+            f"{names[0]}"
+        )
+    if options.adapter_init != "zero" and any(EXPERTS in p.name for p in adapted):
+        raise OptionError(
+            f"--adapter-init {options.adapter_init}: adapters of experts start from zero\n"
+            "  use --adapter-init zero, or other --adapter-targets"
+        )
+    if options.adapter == "lora":
+        least = min((min(p.out_features, p.in_features) for p in adapted), default=options.rank)
+        if options.rank > least:
+            raise OptionError(
+                f"--rank {options.rank}: --adapter lora allows at most {least} here, the least "
+                "width of an adapted linear\n  use a smaller --rank"
+            )
+
+
+def _expert_notes(options: ConvertOptions, choices: Choices, experts: int) -> tuple[str, ...]:
+    notes = []
+    if choices.experts_apart:
+        notes.append(f"the {experts} experts of a layer come one by one: together they do not fit")
+    if not choices.trains_experts:
+        notes.append(
+            f"experts are quantized by least squares of their outputs: {options.quantizer} of a "
+            "whole layer does not fit the memory, and trains the rest of it"
+        )
+    return tuple(notes)
+
+
 def _notes(
-    options: ConvertOptions, quantized: tuple[LinearPlan, ...], beside: int
+    options: ConvertOptions, adapted: tuple[LinearPlan, ...], beside: int
 ) -> tuple[str, ...]:
     notes = []
-    groups = [p.in_features // options.group_size for p in quantized]
+    groups = [p.in_features // options.group_size for p in adapted]
     if (
         options.trains_adapters
         and options.adapter == "pooled"
@@ -668,7 +784,7 @@ def _notes(
 def _untied(streamed: StreamedModel) -> tuple[str, ...]:
     """What a rotation adds to the output: a tied head takes up the final norm by itself."""
     outer, checkpoint = streamed.outer_names(), streamed.checkpoint
-    added = checkpoint.nbytes(outer) - checkpoint.nbytes(checkpoint.source_names(outer))
+    added = checkpoint.nbytes(outer) - checkpoint.source_bytes(outer)
     if added <= 0:
         return ()
     return (f"rotated: the head is no longer tied to the embedding: {gigabytes(added)} more",)
@@ -691,12 +807,21 @@ def _choose(
         micros = [min(options.micro_batch, options.batch_size)]
     rate = options.learning_rate or learning_rate(hidden)
     scales_rate = options.scales_learning_rate or scales_learning_rate(hidden)
-    batch_rows = options.micro_batch or max(1, STREAM_TOKENS // seqlen)
-    tries = [
-        Choices(dtype, str(machine.device), tier, batch_rows, micro, rate, scales_rate, seqlen)
-        for tier in tiers
-        for micro in micros
-    ]
+    apart = sizes.expert_values * item > _expert_memory(options, free)
+    if apart and options.avg_bits is not None:
+        raise OptionError(
+            "--avg-bits: the experts of a layer do not fit the memory together, and each would be "
+            "tried in it at other bits\n  leave out --avg-bits, or allow more --expert-memory"
+        )
+    batch_rows = max(1, STREAM_TOKENS // seqlen)
+    if apart:  # each expert is read again for every batch
+        batch_rows = min(sizes.rows, APART_TIMES * batch_rows)
+    plain = Choices(dtype, str(machine.device), tiers[0], options.micro_batch or batch_rows,
+                    micros[-1], rate, scales_rate, seqlen, experts_apart=apart)  # fmt: skip
+    if sizes.experts and options.quantizer in LAYER_QUANTIZERS:
+        trains = not apart and sizes.stream_bytes(item, plain) + FIXED <= 0.8 * free
+        plain = replace(plain, trains_experts=trains)
+    tries = [replace(plain, student=t, micro_batch=m) for t in tiers for m in micros]
     # A packed student dequantizes anew for every micro-batch; a dense one with small micro-batches
     # is still faster, so the order of `tries` is that of speed.
     fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
@@ -710,14 +835,23 @@ def _choose(
 
 
 def _filled(choices: Choices, fits: Callable[[Choices], bool]) -> Choices:
-    """With as many rows through a layer at once, up to `GPU_TOKENS`, as fit; at least one."""
+    """With as many rows through a layer at once, up to `GPU_TOKENS`, as fit; at least one.
+
+    Where experts come one by one, each of them again for every batch, up to more.
+    """
+    most = APART_TIMES * STREAM_TOKENS if choices.experts_apart else GPU_TOKENS
     chosen = replace(choices, batch_rows=1)
-    while chosen.batch_rows * 2 * choices.seqlen <= GPU_TOKENS:
+    while chosen.batch_rows * 2 * choices.seqlen <= most:
         more = replace(chosen, batch_rows=chosen.batch_rows * 2)
         if not fits(more):
             break
         chosen = more
     return chosen
+
+
+def _expert_memory(options: ConvertOptions, free: int) -> int:
+    """Bytes that the experts of a layer may take together."""
+    return parse_size(options.expert_memory) if options.expert_memory else free // 2
 
 
 def _disks(
@@ -801,11 +935,14 @@ def _time(
     # Linears that stay in 16 bits, attention, and what lies between products: norms, rotary
     # embeddings, activations, residuals.
     rest = sizes.layers * sizes.layer_values - sizes.quantized_weights
+    active = 1 - sizes.idle_values / sizes.layer_values  # a token does not see all experts
     flops = 2.0 * rest + 4.0 * sizes.layers * sizes.seqlen * sizes.hidden
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     besides = flops / machine.flops + between * machine.dtype.itemsize / machine.bandwidth
     passes = 2 + HESSIAN_PASSES * sizes.hessians + sizes.gain_passes  # teacher, student
-    streaming = tokens * (passes * (pace.token + besides) + pace.hessian_token) + pace.quantize
+    streaming = (
+        tokens * (passes * (active * pace.token + besides) + pace.hessian_token) + pace.quantize
+    )
     compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
     searched = sizes.quantized_weights * (sizes.alternatives + compared) + sizes.outer_packed
     moved = SEARCH_BYTES * searched + (ROTATE_BYTES * sizes.parameters if options.rotate else 0)
@@ -813,7 +950,7 @@ def _time(
     if sizes.learned_values:
         streaming += sizes.layers * _learning(sizes, options, machine)
         learned = options.layer_steps * options.batch_size * sizes.seqlen
-        streaming += learned * 3 * (pace.token + besides)  # forward and backward
+        streaming += learned * 3 * (active * pace.token + besides)  # forward and backward
     if pace.read is not None:
         read = sizes.layers * sizes.layer_bytes / pace.read
         basis += f"; reading at {pace.read / 1e9:.2g} GB/s beside it"
@@ -825,8 +962,8 @@ def _time(
         trained = options.steps * options.batch_size * sizes.seqlen
         validated = (options.steps // options.val_every + 3) * validation * sizes.seqlen
         head = 2.0 * sizes.vocabulary * sizes.hidden / machine.flops  # student's, and the teacher's
-        seconds += trained * (pace.step_token + 4 * besides + 5 * head)
-        seconds += validated * (pace.student_token + besides + 2 * head)
+        seconds += trained * (active * pace.step_token + 4 * besides + 5 * head)
+        seconds += validated * (active * pace.student_token + besides + 2 * head)
         updated = UPDATE_BYTES * sizes.trained_values / machine.bandwidth
         seconds += options.steps * updated
     return seconds, basis

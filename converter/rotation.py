@@ -28,13 +28,17 @@ from torch import Tensor
 
 from rilq.converter.architecture import SUPPORTED, load_config, tied_head_differs
 from rilq.converter.hadamard import random_rotation
-from rilq.errors import NonFiniteError, UnsupportedArchitectureError
+from rilq.errors import CheckpointError, NonFiniteError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.fp8 import BlockFp8Checkpoint
 from rilq.formats.shard import listing
 
 # model_type of the architectures that have what this module counts on: RMS norms before attention
 # and MLP and nowhere else on the residual stream, and the names below.
 ROTATABLE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+
+# Those that have norms on the outputs of attention and MLP.
+_NORMS_AFTER = ("gemma2", "gemma3_text", "olmo2")
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -109,8 +113,7 @@ class RotatedCheckpoint(Checkpoint):
         label = f"{self.source.label}/config.json: --rotate"
         if model_type not in ROTATABLE:
             raise UnsupportedArchitectureError(
-                f"{label}: {SUPPORTED[model_type]} cannot be rotated: norms with a weight for each "
-                "channel stand between its linears and the residual stream\n"
+                f"{label}: {SUPPORTED[model_type]} cannot be rotated: {_obstacle(model_type)}\n"
                 "  leave out --rotate, which can be had for "
                 + ", ".join(SUPPORTED[name] for name in ROTATABLE)
             )
@@ -215,6 +218,24 @@ class RotatedCheckpoint(Checkpoint):
                 )  # [heads, hidden, head_dim]
                 turned = self._per_head.apply(blocks).transpose(1, 2).reshape(-1, width)
             out[start : start + step] = turned
+
+
+def refuse_fp8(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a source whose weights are not read as they are stored."""
+    if isinstance(checkpoint, BlockFp8Checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.source.label}: --rotate: its weights are in FP8\n"
+            "  leave out --rotate, or give the checkpoint in 16 bits"
+        )
+
+
+def _obstacle(model_type: str) -> str:
+    """Why an architecture is not among `ROTATABLE`."""
+    if model_type in _NORMS_AFTER:
+        return (
+            "norms with a weight for each channel stand between its linears and the residual stream"
+        )
+    return "it is a mixture of experts, which this does not know"
 
 
 def _module(name: str) -> str:

@@ -18,14 +18,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
+from rilq.calib.activations import ActivationStore, ActivationWriter, part_path, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
 from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
+from rilq.converter.experts import (
+    DATA_FREE,
+    FEW,
+    ExpertTokens,
+    InputGroup,
+    expert_groups,
+    least_tokens,
+    quantizer_for,
+)
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
 from rilq.converter.layer_reader import LayerReader, reading_ahead
-from rilq.converter.layers import StreamedModel, input_groups, linear_input
+from rilq.converter.layers import StreamedModel, input_groups, linear_input, module_inputs
 from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.options import Target
 from rilq.converter.outer import (
@@ -37,14 +46,15 @@ from rilq.converter.outer import (
 )
 from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
 from rilq.converter.quantizers.lsq import LsqQuantizer
+from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.train import row_order
-from rilq.converter.workdir import WorkDir
+from rilq.converter.workdir import Record, WorkDir
 from rilq.errors import CheckpointError, RilqError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
 from rilq.formats.packing import dequantize_packed
 from rilq.formats.shard_writer import write_tensors
-from rilq.formats.spec import QuantSpec
+from rilq.formats.spec import EXPERTS, QuantizedLinear, QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
@@ -66,6 +76,7 @@ class StreamOptions:
         outer: embedding and head by module name, where they are quantized.
         initial: what adapters start from, to be found with the codes; None for what needs no data.
             The student's states are then those of the layers with their adapters.
+        trains_experts: experts are among what a quantizer that trains a layer trains.
         more_bits: each linear is also quantized to these, and what that gains is measured.
         after_layer: told of every layer while it is still loaded; what it returns is kept with
             the layer's facts.
@@ -81,6 +92,7 @@ class StreamOptions:
     target: Target = "post-norm"
     outer: Mapping[str, QuantSpec] = field(default_factory=dict)
     initial: InitialAdapters | None = None
+    trains_experts: bool = True
     more_bits: tuple[int, ...] = ()
     after_layer: Callable[[StreamedLayer], Mapping[str, Any] | None] | None = None
 
@@ -96,7 +108,7 @@ class StreamedLayer:
     """
 
     index: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     saved: dict[str, Tensor]
     inputs: ActivationStore
     wanted: ActivationStore
@@ -110,6 +122,7 @@ class StreamingPass:
         streamed: its model, nothing loaded yet.
         tokens: calibration rows `[rows, seq_len]` int64.
         work: where quantized layers and hidden states go, and what is done already.
+        ranks: this process among those that share the rows; each keeps states of its own rows.
     """
 
     def __init__(
@@ -120,10 +133,13 @@ class StreamingPass:
         work: WorkDir,
         options: StreamOptions,
         report: Reporter,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
         self.work, self.options, self.report = work, options, report
         self.shape = (*tokens.shape, streamed.config.hidden_size)
+        self.ranks, self.rows = ranks, ranks.share(len(tokens))
+        self.starts = ranks.starts(len(tokens))
 
     @torch.no_grad()
     @large_blocks_returned()
@@ -132,15 +148,16 @@ class StreamingPass:
         done = len(self.work.stage("layers"))
         outer = len(self.work.stage("outer"))
         steps = self.streamed.reading_steps()
+        at_once = [self.streamed.names_at_once(n) for n in range(len(self.streamed.layers))]
         with reading_ahead(
             self.checkpoint,
             steps[outer + max(0, done - 1) :],
-            budget=max(map(self.checkpoint.nbytes, steps[1:])),
+            budget=max(map(self.checkpoint.nbytes, at_once)),
             pinned=self._on_gpu,
         ) as reader:
             self._outer(reader.advance)
             if done < len(steps) + targets:
-                reader.start(steps[1 + max(0, done - 1) :])
+                reader.start(at_once[max(0, done - 1) :])
                 self._layers(done, reader)
         if targets and done < len(steps) + targets:
             self._recovering(self._targets)
@@ -170,7 +187,9 @@ class StreamingPass:
         self.streamed.drop_embeddings()
         self.report.step(done - 1)
         for index in range(done - 1, count):
-            error = self._recovering(partial(self._layer, index, reader.take()))
+            error = self._recovering(
+                partial(self._layer, index, self.streamed.layer_tensors(index, reader.take()))
+            )
             reader.advance()
             self.report.step(index + 1, error=round(error, 4))
 
@@ -182,24 +201,27 @@ class StreamingPass:
         if self.work.stage("outer"):
             self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
             return
-        paths = self._save_outer()
+        self.ranks.once(self._save_outer)
         self.streamed.load_outer(load_file(self.work.file(SOURCE_FILE)))
         self.streamed.check_tied()
-        facts = {"source": self._source_hashes(self.streamed.outer_names())}
+        facts = {}
+        if self.ranks.first:  # the only one that has read them from the checkpoint
+            facts = {"source": self._source_hashes(self.streamed.outer_names())}
+        paths = [self.work.file(SOURCE_FILE)]
+        if self.options.outer:
+            paths.append(self.work.file(QUANTIZED_FILE))
         self.work.commit("outer", "outer", facts, files={p: file_hash(p) for p in paths})
         advance()
 
-    def _save_outer(self) -> list[Path]:
+    def _save_outer(self) -> None:
         """Write them as in the source and, where any is quantized, as in the output too."""
         tensors = self.checkpoint.read(self.streamed.outer_names())
-        paths = [self.work.file(SOURCE_FILE)]
-        write_tensors(paths[0], tensors)
+        write_tensors(self.work.file(SOURCE_FILE), tensors)
         if self.options.outer:
-            paths.append(self.work.file(QUANTIZED_FILE))
             write_tensors(
-                paths[1], quantize_outer(tensors, self.options.outer, self.streamed.device)
+                self.work.file(QUANTIZED_FILE),
+                quantize_outer(tensors, self.options.outer, self.streamed.device),
             )
-        return paths
 
     def _embedding(self) -> None:
         """First hidden states: of the teacher and, with a quantized embedding, of the student."""
@@ -209,39 +231,42 @@ class StreamingPass:
                 self.streamed, load_file(self.work.file(QUANTIZED_FILE)), self.options.outer
             )
             states |= self._embedded("student")
-        self.work.commit("layers", "embedding", {}, passing=states)
+        self.work.commit("layers", "embedding", self._parts(), passing=states)
 
     def _embedded(self, who: str) -> dict[Path, str]:
         """Write `who`'s first hidden states with the embedding as it is loaded; file and xxh3."""
-        path = self._states(who, 0)
+        path, size = self._states(who, 0), self.options.batch_rows
         with self._writer(path, "the embedding") as writer:
-            for start in range(0, len(self.tokens), self.options.batch_rows):
-                rows = self.tokens[start : start + self.options.batch_rows]
+            for start in range(self.rows.start, self.rows.stop, size):
+                rows = self.tokens[start : min(start + size, self.rows.stop)]
                 writer.append(self.streamed.embed(rows))
-        return {path: writer.digest}
+        return {self._own(path): writer.digest}
 
     @property
     def _student_embeds(self) -> bool:
         """Whether the embedding is quantized; else the student starts from the teacher's file."""
         return embedding_name(self.streamed) in self.options.outer
 
-    def _layer(self, index: int, tensors: dict[str, Tensor]) -> float:
+    def _layer(self, index: int, tensors: Mapping[str, Tensor]) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
-        teacher = self._store(self._states("teacher", index))
+        before = self._written_as(self.work.stage("layers")[index])
+        teacher = self._store(self._states("teacher", index), before)
         apart = bool(index) or self._student_embeds
-        student = self._store(self._states("student" if apart else "teacher", index))
+        student = self._store(self._states("student" if apart else "teacher", index), before)
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
-            wanted = self._store(next_teacher)
+            self.ranks.wait()  # quantizing may look at any rows
+            wanted = self._store(next_teacher, self.starts)
             others = Alternatives(self.options.more_bits)
-            saved, adapters = self._quantize(index, tensors, student, wanted, others)
+            tokens = ExpertTokens()
+            saved, adapters = self._quantize(index, tensors, student, wanted, others, tokens)
             path = self.work.file(f"layer-{index:04d}.safetensors")
-            write_tensors(path, saved)
+            self.ranks.once(partial(write_tensors, path, saved))
             paths = [path]
             if adapters:
                 paths.append(self.work.file(f"{PREFIX}{index:04d}.safetensors"))
-                write_tensors(paths[1], adapter_tensors(adapters))
+                self.ranks.once(partial(write_tensors, paths[1], adapter_tensors(adapters)))
             self._use_saved(index, {n: t for each in paths for n, t in load_file(each).items()})
             more = self._save_alternatives(index, others)
             gains = self._gains(index, more, student, wanted)
@@ -258,19 +283,27 @@ class StreamingPass:
         self.work.commit(
             "layers",
             f"layer {index}",
-            {"error": error, "source": self._source_hashes(tensors), **gains, **(found or {})},
+            {
+                "error": error,
+                "source": self._source_hashes(tensors),
+                **gains,
+                **tokens.facts(),
+                **(found or {}),
+                **self._parts(),
+            },
             files={each: file_hash(each) for each in [*paths, *more.values()]},
-            passing={next_teacher: digest, next_student: student_digest},
+            passing={self._own(next_teacher): digest, self._own(next_student): student_digest},
         )
         return error
 
     def _quantize(
         self,
         index: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         student: ActivationStore,
         wanted: ActivationStore,
         others: Alternatives,
+        tokens: ExpertTokens,
     ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """Quantize a loaded layer's linears, and add their alternatives to `others`.
 
@@ -279,55 +312,58 @@ class StreamingPass:
             found here.
         """
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
-        kept = {n: t for n, t in tensors.items() if n.removesuffix(".weight") not in specs}
+        kept = {n: tensors[n] for n in tensors if n.removesuffix(".weight") not in specs}
         if not specs:
             return kept, {}
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerQuantizer):
-            saved = self._train_layer(quantizer, index, tensors, specs, student, wanted, others)
+            saved = self._train_layer(
+                quantizer, index, tensors, specs, student, wanted, others, tokens
+            )
             return kept | saved, {}
-        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student, others)
+        saved, adapters = self._by_groups(quantizer, index, tensors, specs, student, others, tokens)
         return kept | saved, adapters
 
     def _by_groups(
         self,
         quantizer: Quantizer,
         index: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         specs: dict[str, QuantSpec],
         student: ActivationStore,
         others: Alternatives,
+        tokens: ExpertTokens,
     ) -> tuple[dict[str, Tensor], dict[str, Adapter]]:
         """One weight after the other, those that share an input together.
 
         They are taken in the order in which they run, so that each sees what the quantized ones
-        before it produce.
+        before it produce; experts after all others.
         """
         linears = {n: m for n, m in self.streamed.linears(index).items() if n in specs}
         initial = self.options.initial
         adapters: dict[str, Adapter] = {}
-        probe = student.read(0, 1).to(self.streamed.device)
         saved: dict[str, Tensor] = {}
-        for group in input_groups(self.streamed, index, linears, probe):
-            prepared = hessian = None
-            if quantizer.needs_hessian or (initial and initial.needs_hessian):
-                hessian = self._hessian(index, linears[group[0]], student)
-            if quantizer.needs_hessian:
+        for group in self._input_groups(index, linears, student, quantizer):
+            prepared = None
+            hessian, group.hessian = group.hessian, None
+            chosen = quantizer_for(quantizer, group, linears[group.names[0]].in_features)
+            tokens.count(group, used=chosen is quantizer)
+            if chosen.needs_hessian:
                 assert hessian is not None
-                kept = hessian.clone() if initial and initial.needs_hessian else None
-                with _named(group[0]):
-                    prepared = quantizer.prepare(hessian, partial(self._warn, group))
+                kept = hessian.clone() if self._starts_from_hessian(group) else None
+                with _named(group.names[0]):
+                    prepared = chosen.prepare(hessian, partial(self._warn, group.names))
                 hessian = kept  # of a wide linear it is the largest thing in memory
-            for name in group:
+            for name in group.names:
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
                 with _named(name):
-                    if initial is None:
-                        quantized = quantizer.quantize(weight, specs[name], prepared)
+                    if initial is None or not initial.spec.adapts(name):
+                        quantized = chosen.quantize(weight, specs[name], prepared)
                     else:
                         quantized, adapters[name] = initial.quantize(
-                            name, weight, quantizer, specs[name], prepared, hessian
+                            name, weight, chosen, specs[name], prepared, hessian
                         )
-                    others.add(name, weight, specs[name], quantizer, prepared)
+                    others.add(name, weight, specs[name], chosen, prepared)
                 native = native_tensors(name, quantized)
                 started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
                 self._assign(linears[name], native | started, name, specs[name])
@@ -335,55 +371,136 @@ class StreamingPass:
             return_free_memory()
         return saved, adapters
 
+    def _starts_from_hessian(self, group: InputGroup) -> bool:
+        """Whether an adapter of some linear of a group does."""
+        initial = self.options.initial
+        if initial is None or not initial.needs_hessian:
+            return False
+        return any(map(initial.spec.adapts, group.names))
+
+    def _input_groups(
+        self,
+        index: int,
+        linears: dict[str, nn.Linear],
+        student: ActivationStore,
+        quantizer: Quantizer,
+    ) -> Iterator[InputGroup]:
+        """Linears of a loaded layer that read the same input, with what is needed to know of it.
+
+        Adapters of experts start from nothing, so only the quantizer may need their Hessians.
+        """
+        initial = self.options.initial
+        needed = quantizer.needs_hessian or (initial is not None and initial.needs_hessian)
+        plain = {name: module for name, module in linears.items() if EXPERTS not in name}
+        probe = student.read(0, 1).to(self.streamed.device)
+        for names in input_groups(self.streamed, index, plain, probe) if plain else []:
+            first = plain[names[0]]
+            yield InputGroup(names, self._hessian(index, first, student) if needed else None)
+        if (found := self.streamed.experts(index)) is not None:
+            yield from expert_groups(
+                *found,
+                linears.keys() - plain.keys(),
+                partial(self._expert_inputs, index, found[1], student),
+                hessians=quantizer.needs_hessian,
+                device=self.streamed.device,
+            )
+
+    def _expert_inputs(
+        self, index: int, experts: nn.Module, student: ActivationStore
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for _, batch in student.batches(self.options.batch_rows):
+            hidden = self._here(batch)
+            inputs, chosen, _ = module_inputs(self.streamed, index, experts, hidden)
+            yield inputs, chosen
+
     def _train_layer(
         self,
         quantizer: LayerQuantizer,
         index: int,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         specs: dict[str, QuantSpec],
         student: ActivationStore,
         wanted: ActivationStore,
         others: Alternatives,
+        tokens: ExpertTokens,
     ) -> dict[str, Tensor]:
-        """All linears together, on the layer's output; alternatives by least squares."""
+        """All linears together, on the layer's output; alternatives by least squares.
+
+        Experts that saw too few tokens for that, or all of them if they are not to be trained, are
+        quantized before, one by one.
+        """
         device, o = self.streamed.device, self.options
         order = row_order(o.train_rows, o.seed + index)
 
         def read() -> list[tuple[Tensor, Tensor]]:
-            rows = [next(order) for _ in range(o.batch_size)]
+            drawn = [next(order) for _ in range(o.batch_size)]
+            rows = [drawn[place] for place in self.ranks.share(o.batch_size)]
             parts = [rows[i : i + o.micro_batch] for i in range(0, len(rows), o.micro_batch)]
             return [(student.gather(part), wanted.gather(part)) for part in parts]
 
-        weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in specs}
+        linears = self.streamed.linears(index)
         squares = self._squares(index, specs, student)
+        saved: dict[str, Tensor] = {}
+        fixed = self._quantize_experts(quantizer, linears, tensors, specs, squares, tokens)
+        for name, quantized in fixed:
+            native = native_tensors(name, quantized)
+            self._assign(linears[name], native, name, specs[name])
+            saved |= {n: t.cpu() for n, t in native.items()}
+        trained = {n: s for n, s in specs.items() if f"{n}.weight" not in saved}
+        if not trained:
+            return saved
+        weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in trained}
         layer = f"{self.streamed.prefix}.{index}"
         with (
             _named(layer),
             closing(prefetch(repeat(read))) as batches,
         ):
-            quantized = quantizer.quantize_layer(
+            result = quantizer.quantize_layer(
                 LayerTask(
                     weights,
-                    specs,
-                    squares,
+                    trained,
+                    {n: squares[n].value() for n in trained},
                     run=partial(self.streamed.run, index),
                     batches=([(self._here(x), self._here(y)) for x, y in b] for b in batches),
                     note=lambda text: self.report.note(f"{layer}: {text}"),
+                    ranks=self.ranks,
                 )
             )
-        for name, weight in weights.items():
-            others.add(name, weight, specs[name], LsqQuantizer(), squares[name])
-        return {
-            n: t.cpu()
-            for name, linear in quantized.items()
-            for n, t in native_tensors(name, linear).items()
-        }
+        for name, spec in specs.items() if o.more_bits else ():
+            weight = tensors[f"{name}.weight"].to(device, torch.float32)
+            others.add(name, weight, spec, LsqQuantizer(), squares[name].value())
+        for name, linear in result.items():
+            saved |= {n: t.cpu() for n, t in native_tensors(name, linear).items()}
+        return saved
+
+    def _quantize_experts(
+        self,
+        quantizer: LayerQuantizer,
+        linears: Mapping[str, nn.Linear],
+        tensors: Mapping[str, Tensor],
+        specs: Mapping[str, QuantSpec],
+        squares: Mapping[str, SquareSum],
+        tokens: ExpertTokens,
+    ) -> Iterator[tuple[str, QuantizedLinear]]:
+        """Experts' linears that are not trained, by least squares: of outputs, or of weights."""
+        for name in [n for n in specs if EXPERTS in n]:
+            seen = squares[name].tokens
+            group = InputGroup([name], tokens=seen)
+            enough = seen >= least_tokens(quantizer.name, linears[name].in_features)
+            if enough and self.options.trains_experts:
+                tokens.count(group, used=True)
+                continue
+            chosen = LsqQuantizer() if seen >= FEW else DATA_FREE
+            tokens.count(group, used=chosen is not DATA_FREE)
+            weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
+            with _named(name):
+                yield name, chosen.quantize(weight, specs[name], squares[name].value())
 
     def _save_alternatives(self, index: int, others: Alternatives) -> dict[int, Path]:
         """Write a layer's linears at more bits; the files by bits."""
         files = {bits: self.work.file(alternative_file(index, bits)) for bits in others.tensors}
         for bits, path in files.items():
-            write_tensors(path, others.tensors.pop(bits))
+            self.ranks.once(partial(write_tensors, path, others.tensors.pop(bits)))
         return files
 
     def _gains(
@@ -405,8 +522,8 @@ class StreamingPass:
 
     def _squares(
         self, index: int, names: Iterable[str], student: ActivationStore
-    ) -> dict[str, Tensor]:
-        """Mean squares `[in_features]` of the inputs of a loaded layer's linears, over all rows."""
+    ) -> dict[str, SquareSum]:
+        """Sums over the inputs of a loaded layer's linears, over all rows."""
         linears = self.streamed.linears(index)
         sums = {name: SquareSum(linears[name].in_features, self.streamed.device) for name in names}
         handles = [
@@ -414,18 +531,21 @@ class StreamingPass:
             for name, each in sums.items()
         ]
         try:
-            for _, batch in student.batches(self.options.batch_rows):
+            for _, batch in student.batches(self.options.batch_rows, self.rows):
                 self.streamed.run(index, self._here(batch))
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: each.value() for name, each in sums.items()}
+        for each in sums.values():
+            each.merge(self.ranks.added)
+        return sums
 
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
-        for _, batch in student.batches(self.options.batch_rows):
+        for _, batch in student.batches(self.options.batch_rows, self.rows):
             hidden = self._here(batch)
             total.add(linear_input(self.streamed, index, linear, hidden))
+        total.merge(self.ranks.added)
         return total.take()
 
     def _warn(self, linears: list[str], text: str) -> None:
@@ -440,20 +560,23 @@ class StreamingPass:
         self, module: nn.Linear, stored: dict[str, Tensor], name: str, spec: QuantSpec
     ) -> None:
         """Give a loaded linear the weight that its stored tensors stand for, adapter included."""
+        if EXPERTS in name and self.streamed.experts_apart:
+            self.streamed.pack_linear(name, stored, spec)
+            return
         words, scale, zero_point = (
             stored[f"{name}.{part}"].to(module.weight.device)
             for part in ("weight", "weight_scale", "zero_point")
         )
         weight = dequantize_packed(words, scale, zero_point, spec.bits, dtype=module.weight.dtype)
-        if self.options.initial is not None:
+        if self.options.initial is not None and f"{name}.a" in stored:
             a, b = stored[f"{name}.a"], stored[f"{name}.b"]
             weight = corrected(weight, a, b, self.options.initial.spec, spec.group_size)
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     def _propagate(self, index: int, source: ActivationStore, target: Path) -> str:
-        """Run a loaded layer over all rows, from file to file; the new file's xxh3."""
+        """Run a loaded layer over this process's rows, from file to file; the new file's xxh3."""
         with self._writer(target, f"decoder layer {index}") as writer:
-            for _, batch in source.batches(self.options.batch_rows):
+            for _, batch in source.batches(self.options.batch_rows, self.rows):
                 writer.append(self.streamed.run(index, self._here(batch)))
         return writer.digest
 
@@ -464,32 +587,40 @@ class StreamingPass:
         size = self.options.batch_rows
         errors: list[tuple[Tensor, Tensor]] = []  # asked for at the end: asking waits for a GPU
         with self._writer(target, f"quantized decoder layer {index}") as writer:
-            pairs = zip(source.batches(size), reference.batches(size), strict=True)
+            pairs = zip(
+                source.batches(size, self.rows), reference.batches(size, self.rows), strict=True
+            )
             for (_, batch), (_, wanted) in pairs:
                 out = self.streamed.run(index, self._here(batch))
                 wanted = self._here(wanted).float()
                 errors.append(((out.float() - wanted).square().sum(), wanted.square().sum()))
                 writer.append(out)
-        apart, norm = (sum(each.item() for each in part) for part in zip(*errors, strict=True))
+        apart, norm = (
+            self.ranks.total(sum(each.item() for each in part))
+            for part in zip(*errors, strict=True)
+        )
         return writer.digest, apart / norm if norm else 0.0
 
     def _targets(self) -> None:
         """The end of the full-precision model, which is never needed again."""
         path = self.work.file("targets.bin")
-        source = self._store(self._states("teacher", len(self.streamed.layers)))
+        count = len(self.streamed.layers)
+        before = self._written_as(self.work.stage("layers")[count])
+        source = self._store(self._states("teacher", count), before)
         with self._writer(path, "the final norm") as writer:
-            for _, batch in source.batches(self.options.batch_rows):
+            for _, batch in source.batches(self.options.batch_rows, self.rows):
                 if self.options.target != "pre-norm":
                     batch = self.streamed.final_norm(self._here(batch))
                 writer.append(batch)
-        self.work.commit("layers", "targets", {}, files={path: writer.digest})
+        self.work.commit("layers", "targets", self._parts(), files={self._own(path): writer.digest})
 
     def targets(self) -> ActivationStore:
         """The teacher's final hidden states, `[rows, seq_len, hidden]` in the compute dtype.
 
         What feeds the head, or what comes before the final norm, as `StreamOptions.target` says.
         """
-        return self._store(self.work.file("targets.bin"))
+        made = self._written_as(self.work.stage("layers")[-1])
+        return self._store(self.work.file("targets.bin"), made)
 
     def _here(self, batch: Tensor) -> Tensor:
         """A batch on the device; from page-locked memory it comes while others are computed."""
@@ -498,11 +629,28 @@ class StreamingPass:
     def _states(self, who: str, index: int) -> Path:
         return self.work.file(f"{who}-{index:04d}.bin")
 
-    def _store(self, path: Path) -> ActivationStore:
-        return ActivationStore(path, self.shape, self.streamed.dtype, pinned=self._on_gpu)
+    def _store(self, path: Path, starts: tuple[int, ...]) -> ActivationStore:
+        """States of all rows, in files that begin with the rows `starts`."""
+        dtype = self.streamed.dtype
+        return ActivationStore(path, self.shape, dtype, pinned=self._on_gpu, starts=starts)
 
     def _writer(self, path: Path, label: str) -> ActivationWriter:
-        return ActivationWriter(path, self.shape, self.streamed.dtype, label=label)
+        """For states of this process's rows."""
+        shape = (len(self.rows), *self.shape[1:])
+        dtype, first_row = self.streamed.dtype, self.rows.start
+        return ActivationWriter(self._own(path), shape, dtype, label=label, first_row=first_row)
+
+    def _own(self, path: Path) -> Path:
+        """This process's file of some states."""
+        return part_path(path, self.rows.start, self.ranks.count)
+
+    def _parts(self) -> dict[str, Any]:
+        """How states of a unit lie in files, for the journal: nothing where it is one."""
+        return {"starts": list(self.starts)} if self.ranks.several else {}
+
+    def _written_as(self, unit: Record) -> tuple[int, ...]:
+        """First rows of the files of a unit's states: another number of processes may go on."""
+        return tuple(unit.facts.get("starts", (0,)))
 
     def _source_hashes(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.checkpoint.hashes[name] for name in names}
@@ -525,7 +673,7 @@ def check_source(checkpoint: Checkpoint, work: WorkDir) -> None:
     for record in work.records:
         read |= record.facts.get("source", {})
     for shard in touched:
-        names = [n for n in checkpoint.tensors if checkpoint.shard_of[n] == shard]
+        names = [n for n in checkpoint.tensors if shard in checkpoint.shards_of([n])]
         for name in names:
             expected = read.get(name)
             if expected is None:

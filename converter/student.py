@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.architecture import build_skeleton, decoder_layers
@@ -114,8 +114,8 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, **_: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, **_: object) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 class _Last:
@@ -228,7 +228,7 @@ class Student(nn.Module):
     ) -> nn.Module:
         """What stands for a quantized linear while training; enters its parts in `trained`."""
         adapter = None
-        if spec is not None and train in ("adapters", "adapters+scales"):
+        if spec is not None and spec.adapts(name) and train in ("adapters", "adapters+scales"):
             adapter = Adapter(
                 spec,
                 name,

@@ -14,6 +14,7 @@ from rilq.calib.activations import ActivationStore, prefetch
 from rilq.converter.loss import Loss, discrepancy, loss_terms, measurable_terms, weighted
 from rilq.converter.options import Schedule
 from rilq.converter.quantizers.layerwise import rate_of
+from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.student import Student
 from rilq.errors import RilqError
 from rilq.progress import Reporter
@@ -109,6 +110,7 @@ class Trainer:
         tokens: `[rows, seq_len]` int64; the last `validation` rows are held out.
         targets: the teacher's final hidden states of the same rows, on disk.
         validation: number of held-out rows, at least 1.
+        ranks: this process among those that share the rows of every update.
     """
 
     def __init__(
@@ -119,7 +121,9 @@ class Trainer:
         *,
         validation: int,
         options: TrainOptions,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.student, self.tokens, self.targets = student, tokens, targets
         self.options, self.validation = options, validation
         self.train_rows = len(tokens) - validation
@@ -227,6 +231,11 @@ class Trainer:
             share = len(tokens) / self.options.batch_size
             (loss * share).backward()
             total += loss.item() * share
+        total = self.ranks.total(total)
+        self.ranks.add_gradients(list(self.parameters.values()))
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # of an expert that no token chose: Adam counts one step
+                parameter.grad = torch.zeros_like(parameter)
         finite = total == total and abs(total) != float("inf")
         if finite:
             self.optimizer.step()
@@ -246,16 +255,16 @@ class Trainer:
             next(order)
 
         def read(rows: list[int]) -> list[tuple[Tensor, Tensor]]:
-            parts = [rows[i : i + micro] for i in range(0, size, micro)]
+            parts = [rows[i : i + micro] for i in range(0, len(rows), micro)]
             return [(self.tokens[part], self.targets.gather(part)) for part in parts]
 
         def reads() -> Iterator[Callable[[], list[tuple[Tensor, Tensor]]]]:
             while True:
-                rows = [next(order) for _ in range(size)]
-                yield partial(read, rows)
+                drawn = [next(order) for _ in range(size)]
+                yield partial(read, [drawn[place] for place in self.ranks.share(size)])
 
         for batch in prefetch(reads()):
-            yield [(t.to(self.device), h.to(self.device)) for t, h in batch]
+            yield [(t.to(self.device), h.to(self.device, non_blocking=True)) for t, h in batch]
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -281,6 +290,7 @@ class Trainer:
             batch=self.options.micro_batch,
             loss=self.options.loss,
             device=self.device,
+            ranks=self.ranks,
         )
 
     def _diverged(self) -> str:
@@ -312,18 +322,23 @@ def validation_losses(
     batch: int,
     loss: Loss,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """The loss ("total") and its terms without their weights, of one forward pass.
 
-    All are means over consecutive `rows`, `batch` of them at a time; terms without a weight are
-    told too.
+    All are means over consecutive `rows`, `batch` of them at a time, shared between processes;
+    terms without a weight are told too.
     """
     totals: dict[str, float] = {}
     wanted = measurable_terms(loss.target)
-    for start in range(rows.start, rows.stop, batch):
-        stop = min(start + batch, rows.stop)
+    share = ranks.share(len(rows))
+    mine = rows[share.start : share.stop]
+    for start in range(mine.start, mine.stop, batch):
+        stop = min(start + batch, mine.stop)
         part = tokens[start:stop].to(device)
         terms = loss_terms(student, part, targets.read(start, stop), loss.target, wanted)
         for name, value in [("total", weighted(terms, loss)), *terms.items()]:
             totals[name] = totals.get(name, 0.0) + value.item() * (stop - start)
-    return {name: total / len(rows) for name, total in totals.items()}
+    shares = ranks.gather(totals)
+    names = next(filter(None, shares))  # of a process that had any rows
+    return {name: sum(each.get(name, 0.0) for each in shares) / len(rows) for name in names}

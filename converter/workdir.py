@@ -66,7 +66,10 @@ class WorkDir:
         path: the folder.
         job: the first journal line: the fingerprint, the choices made, the run id.
         records: finished units in order.
+        shared: whether several processes finish its units together.
     """
+
+    shared = False
 
     def __init__(self, path: Path, job: dict[str, Any], records: list[Record]) -> None:
         self.path, self.job, self.records = path, job, records
@@ -121,6 +124,10 @@ class WorkDir:
             (self.path / key).unlink(missing_ok=True)
         reached(f"{stage}:cleaned")
         return record
+
+    def own(self) -> WorkDir:
+        """The folder for what one process does without the others, if there are any."""
+        return self
 
     def drop(self, stage: str) -> None:
         """Forget a stage's units and all that came after them."""

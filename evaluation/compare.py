@@ -15,7 +15,7 @@ from rilq.calib.tokenizer import load_tokenizer
 from rilq.converter.machine import measure_machine
 from rilq.errors import OptionError
 from rilq.evaluation.comparison import Comparison, Version, hold_against
-from rilq.evaluation.perplexity import measure_texts
+from rilq.evaluation.perplexity import DEFAULT_TEXT, measure_texts
 from rilq.evaluation.question import Question, Target, ask, open_target
 from rilq.evaluation.recorded import (
     Pick,
@@ -42,7 +42,7 @@ from rilq.records.run import Run
 def compare(
     models: Sequence[str],
     *,
-    text: str | None = None,
+    text: str = DEFAULT_TEXT,
     seqlen: int | None = None,
     against: str | None = None,
     baseline: str | None = None,
@@ -62,8 +62,7 @@ def compare(
 
     Args:
         models: folders, `owner/name` on the Hub, or numbers of recorded evaluations.
-        text, text_key, seqlen, device, dtype, work, resume: as of `measure_texts`; `text` is
-            needed for checkpoints.
+        text, text_key, seqlen, device, dtype, work, resume: as of `measure_texts`.
         against: the base that all are compared with; None for the one on the Hub that their
             `rilq.json` names; "none" for no base.
         baseline: "latest" or "best" of the records (see `find_baseline`), or one more of what

@@ -20,7 +20,7 @@ from rilq.evaluation.generations import (
     compared,
     continuations,
 )
-from rilq.evaluation.perplexity import check_dtype, measure_texts
+from rilq.evaluation.perplexity import DEFAULT_TEXT, check_dtype, measure_texts
 from rilq.evaluation.speed import measure_speed
 from rilq.evaluation.tasks import load_tasks, run_tasks
 from rilq.evaluation.whole import Place
@@ -29,8 +29,6 @@ from rilq.progress import Reporter, SilentReporter
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEFAULT_TEXT = "wikitext2"
 
 
 def evaluate_with_passages(

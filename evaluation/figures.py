@@ -33,6 +33,14 @@ class Divergence:
     kl_edges: tuple[float, ...]
     kl_counts: tuple[int, ...]
 
+    def filled_bins(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Edges and counts of the histogram without the empty bins at both ends."""
+        filled = [index for index, count in enumerate(self.kl_counts) if count]
+        if not filled:
+            return self.kl_edges[:1], ()
+        first, last = filled[0], filled[-1]
+        return self.kl_edges[first : last + 2], self.kl_counts[first : last + 1]
+
 
 @dataclass(frozen=True)
 class PassageToken:

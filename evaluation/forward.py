@@ -121,7 +121,7 @@ def run_layer(
 ) -> str:
     """One decoder layer from file to file, in memory only meanwhile; gives the file's xxh3."""
     streamed, adapter = subject.streamed, subject.adapter
-    tensors = streamed.checkpoint.read(streamed.layer_names(index))
+    tensors = streamed.read_layer(index)
     with (
         streamed.loaded(index, tensors),
         adapter.applied(streamed, index) if adapter else nullcontext(),

@@ -12,7 +12,6 @@ from typing import Any
 from rilq.calib.sources import describe_source, parse_source
 from rilq.errors import OutputError
 from rilq.evaluation.figures import Evaluation
-from rilq.evaluation.perplexity import evaluate
 from rilq.formats.durable import write_bytes
 from rilq.formats.verify import MANIFEST_NAME, file_hash
 from rilq.progress import Reporter
@@ -46,11 +45,12 @@ def measure_once(
         "seqlen": seqlen,
         "dtype": dtype,
     }
-    place = folder.resolve()
-    place = place.with_name(f"{place.name}.rilq-eval.json")
+    place = _place(folder)
     if (kept := _read(place, asked)) is not None:
         report.note(f"{place}: figures of an earlier push are used")
         return kept
+    from rilq.evaluation.perplexity import evaluate  # slow, and not needed to read what is kept
+
     figures = evaluate(
         str(folder),
         text,
@@ -70,11 +70,23 @@ def measure_once(
     return figures
 
 
+def kept_figures(folder: Path) -> list[Evaluation]:
+    """What an earlier push has measured of the checkpoint as it is now; empty if none did."""
+    asked = {"checkpoint": file_hash(folder / MANIFEST_NAME)}
+    figures = _read(_place(folder), asked)
+    return [] if figures is None else [figures]
+
+
+def _place(folder: Path) -> Path:
+    place = folder.resolve()
+    return place.with_name(f"{place.name}.rilq-eval.json")
+
+
 def _read(path: Path, asked: Mapping[str, Any]) -> Evaluation | None:
     try:
         content = json.loads(path.read_bytes())
-        if content["asked"] != asked:
+        if not asked.items() <= content["asked"].items():
             return None
         return Evaluation.from_dict(content["figures"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or damaged
         return None

@@ -39,13 +39,16 @@ from rilq.evaluation.identity import (
 from rilq.evaluation.lockstep import Lockstep, Measured
 from rilq.evaluation.lora import find_adapter
 from rilq.evaluation.scratch import check_room, states_bytes, temporary_folder
-from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.checkpoint import SOURCE_DTYPES
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.native import RilqLinear
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter, SilentReporter
+
+DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -309,9 +312,13 @@ def _open(
     computing = machine.dtype if dtype == "auto" else getattr(torch, dtype)
     source = open_source(model, revision=revision, report=report)
     # int32: the packed codes of a converted checkpoint.
-    checkpoint = Checkpoint.open(source, report=report, dtypes=SOURCE_DTYPES | {torch.int32})
+    checkpoint = open_source_checkpoint(source, report=report, dtypes=SOURCE_DTYPES | {torch.int32})
     streamed = StreamedModel(checkpoint, dtype=computing, device=machine.device)
-    return Subject(streamed, find_adapter(streamed, report))
+    adapter = find_adapter(streamed, report)
+    free = machine.host_free if machine.device_free is None else machine.device_free
+    # An adapter is put in the place of linears, and so needs all of them there.
+    streamed.experts_apart = adapter is None and streamed.expert_bytes() > free // 2
+    return Subject(streamed, adapter)
 
 
 def _check_together(subjects: list[Subject], seqlen: int | None) -> int:

@@ -13,6 +13,7 @@ from rilq.errors import HubError, OptionError
 from rilq.evaluation.card import CardFacts, make_card
 from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.kept_figures import measure_once
+from rilq.evaluation.perplexity import DEFAULT_TEXT
 from rilq.evaluation.push_base import find_base, tell_base
 from rilq.evaluation.push_checks import (
     check_good,
@@ -23,7 +24,9 @@ from rilq.evaluation.push_checks import (
     measured_folder,
 )
 from rilq.evaluation.reload import check_generates
-from rilq.evaluation.training_plot import training_plot
+from rilq.evaluation.report.plots import loss_plot
+from rilq.evaluation.report.subject import finite_losses
+from rilq.evaluation.report.svg import to_png
 from rilq.formats.export.kinds import possible
 from rilq.formats.export.source import NativeCheckpoint
 from rilq.formats.hub_push import LocalFile, Pushed, push_files
@@ -31,8 +34,8 @@ from rilq.formats.hub_requests import PATIENCE, Patience
 from rilq.formats.hub_target import Target, check_holds, described, open_target
 from rilq.formats.verify import CARD, CARD_PLOT, MANIFEST_NAME, read_manifest
 from rilq.progress import Reporter, SilentReporter
+from rilq.records.losses import losses_of
 
-DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
 DEFAULT_RATIO = 2.0
 # Exports that transformers loads wherever rilq is installed. The others were read back and compared
 # when they were written, by code of ours.
@@ -197,8 +200,9 @@ def push(
         force=options.force,
         report=report,
     )
-    if (plot := training_plot(manifest["quality"])) is not None:
-        files[CARD_PLOT] = LocalFile.of(plot)
+    losses = finite_losses(losses_of(manifest["quality"]))
+    if len(total := [point for point in losses if point.term == "total"]) > 1:
+        files[CARD_PLOT] = LocalFile.of(to_png(loss_plot(total)))
     at = target.at
     exports = {} if export else possible(NativeCheckpoint.open(folder, report).form)
     facts = CardFacts(at.endpoint, at.repo_id, at.revision, manifest, told, files, figures, exports)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rilq.errors import HubError, OptionError, printable
 from rilq.evaluation.card import Base, card_metadata
-from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_listing import fetch_listing
 from rilq.formats.hub_requests import Address, explain, with_patience
@@ -35,7 +35,7 @@ def find_base(manifest: Mapping[str, Any], given: str | None) -> tuple[str, str 
         return (source["name"], source["commit"]) if source["commit"] else None
     local = Path(given).is_dir()
     opened = open_source(given, revision=None if local else source["commit"])
-    if Checkpoint.open(opened).header_hash() != source["header_hash"]:
+    if open_source_checkpoint(opened).header_hash() != source["header_hash"]:
         raise OptionError(
             f"--base {printable(given)}: not the model that was converted, which is "
             f"{source['name']}\n  give the folder, or owner/name, that `rilq convert` was given"

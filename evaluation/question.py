@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rilq.errors import OptionError, printable
 from rilq.evaluation.rules import AGAINST_BASE
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.verify import MANIFEST_NAME
 from rilq.progress import Reporter
@@ -64,13 +64,13 @@ class Target:
 def open_target(name: str) -> Target:
     run = measured_run(name)
     # int32: the packed codes of a converted checkpoint.
-    checkpoint = Checkpoint.open(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
+    checkpoint = open_source_checkpoint(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})
     return Target(name, checkpoint, run)
 
 
 def ask(
     targets: Collection[Target],
-    text: str | None,
+    text: str,
     text_key: str,
     seqlen: int | None,
     against: str | None,
@@ -78,16 +78,7 @@ def ask(
     dtype: str,
     report: Reporter,
 ) -> Question:
-    """What to measure, the base found.
-
-    Raises:
-        OptionError: there is no text.
-    """
-    if text is None:
-        raise OptionError(
-            f"{printable(next(iter(targets)).name)}: is measured on a text, and none is "
-            "named\n  pass --text with a file, wikitext2, c4, or owner/name on the Hub"
-        )
+    """What to measure, the base found."""
     commit = None
     if against == "none":
         against = None

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ SIDE_FILES = (
 class Checkpoint:
     """All tensors of a checkpoint by name; opened with `Checkpoint.open`.
 
-    Reading is not meant for several threads at once.
+    Several threads may read at once, each other tensors than the others.
 
     Attributes:
         source: where the files come from.
@@ -80,6 +80,7 @@ class Checkpoint:
     bytes_read: int = field(default=0, init=False)
     hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
     stop: Event = field(default_factory=Event, init=False, repr=False)
+    _counting: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tensors = {
@@ -126,7 +127,7 @@ class Checkpoint:
             digests[shard] = headers[shard].digest
         shard_of = locate_tensors(source, headers, weight_map, report)
         checkpoint = cls(source, config, headers, shard_of, digests, report)
-        checkpoint._check_dtypes(dtypes)
+        checkpoint.check_dtypes(dtypes)
         return checkpoint
 
     @property
@@ -146,6 +147,10 @@ class Checkpoint:
     def source_names(self, names: Iterable[str]) -> list[str]:
         """What `read` takes from the files to give some tensors: just those."""
         return self._known(names)
+
+    def source_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of the files that `read` takes to give some tensors."""
+        return self.nbytes(self.source_names(names))
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
         """The shards that `read` opens to give some tensors, each once."""
@@ -222,7 +227,8 @@ class Checkpoint:
 
     def _remember(self, name: str, tensor: Tensor, scan: "TensorScan") -> None:
         """Count one tensor that was read, and compare it with earlier reads of it."""
-        self.bytes_read += tensor.nbytes
+        with self._counting:
+            self.bytes_read += tensor.nbytes
         first = name not in self.hashes
         place = (
             f"{label_of(self.source)}/{printable(self.shard_of[name])}: tensor {printable(name)}"
@@ -239,7 +245,8 @@ class Checkpoint:
                 "zero; unless the model is meant to be so, download the file again"
             )
 
-    def _check_dtypes(self, dtypes: frozenset[torch.dtype]) -> None:
+    def check_dtypes(self, dtypes: frozenset[torch.dtype]) -> None:
+        """Raises CheckpointError for weights that are stored in none of them."""
         wrong = [
             f"{name} ({CODE_OF[info.dtype]} in {self.shard_of[name]})"
             for name, info in self.tensors.items()

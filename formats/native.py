@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rilq.errors import CheckpointError
 from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.experts import separate_experts, turns_into_fused
 from rilq.formats.packed_embedding import (
     RilqEmbedding,
     TiedRilqLinear,
@@ -33,6 +34,7 @@ from rilq.formats.shard_writer import TensorLayout
 from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantizedLinear, QuantSpec
 
 __all__ = [
+    "EXPERTS_FORMAT_VERSION",
     "FORMAT_VERSION",
     "OUTER_FORMAT_VERSION",
     "QUANT_METHOD",
@@ -52,6 +54,8 @@ __all__ = [
 QUANT_METHOD = "rilq"
 FORMAT_VERSION = 1  # embedding and head in 16 bits: what every rilq reads
 OUTER_FORMAT_VERSION = 2  # one of them quantized, which readers of version 1 do not know
+EXPERTS_FORMAT_VERSION = 3  # a mixture of experts, whose linears earlier readers do not look for
+VERSIONS = (FORMAT_VERSION, OUTER_FORMAT_VERSION, EXPERTS_FORMAT_VERSION)
 
 
 class RilqConfig(QuantizationConfigMixin):
@@ -60,8 +64,8 @@ class RilqConfig(QuantizationConfigMixin):
     Args:
         bits: 2, 3, 4 or 8, for every linear that `bits_for` does not name.
         group_size: input channels that share a scale and a zero-point.
-        format_version: of the tensors, `FORMAT_VERSION` or `OUTER_FORMAT_VERSION`; None for the
-            least that says what is quantized.
+        format_version: of the tensors, one of `VERSIONS`; None for the least that says what is
+            quantized of a model without experts.
         modules_to_not_convert: linears kept in 16 bits: a module's full name, its last parts
             (`lm_head`, `mlp.gate`), a parent of it (`model.layers.0`), or a pattern with `*`.
         bits_for: full module name to bits.
@@ -101,10 +105,10 @@ class RilqConfig(QuantizationConfigMixin):
         self._check()
 
     def _check(self) -> None:
-        if self.format_version not in (FORMAT_VERSION, OUTER_FORMAT_VERSION):
+        if self.format_version not in VERSIONS:
             raise ValueError(
                 f"quantization_config: format_version {self.format_version!r}, this rilq reads "
-                f"{FORMAT_VERSION} and {OUTER_FORMAT_VERSION}\n"
+                f"{', '.join(map(str, VERSIONS))}\n"
                 "  upgrade rilq, or convert the model again with this one"
             )
         outer = {"embed_bits": self.embed_bits, "head_bits": self.head_bits}
@@ -298,6 +302,11 @@ class RilqHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         # A bare decoder (AutoModel) names its modules without the prefix that config.json has.
+        if separate_experts(model) and not hasattr(HfQuantizer, "update_weight_conversions"):
+            raise ValueError(
+                "this version of transformers would fuse the experts of a mixture, which packed "
+                "codes do not survive\n  upgrade transformers"
+            )
         base = getattr(model, "base_model_prefix", "")
         prefix = base if base and not hasattr(model, base) else ""
         replace_modules(model, self.quantization_config, prefix)
@@ -306,6 +315,14 @@ class RilqHfQuantizer(HfQuantizer):
                 # What transformers has not loaded it draws from a normal distribution, codes too;
                 # weights that wait on disk for accelerate look to it as if they were missing.
                 module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Leave experts apart and under their stored names, where transformers would fuse them."""
+        return [
+            each
+            for each in weight_conversions
+            if not turns_into_fused(getattr(each, "source_patterns", ()))
+        ]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Turn transformers' mere report of missing tensors into an error.

@@ -16,6 +16,7 @@ from types import ModuleType
 FOLLOWERS = {
     "transformers.quantizers.auto": "rilq.formats.native",
     "peft.tuners.tuners_utils": "rilq.formats.peft_guard",
+    "peft.utils.transformers_weight_conversion": "rilq.formats.peft_experts",
 }
 
 

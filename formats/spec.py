@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 BITS = (2, 3, 4, 8)
 OUTER_BITS = (16, 8, 4)  # of embedding and head; 16: as in the source
 GROUP_SIZES = (32, 64, 128)
+EXPERTS = ".experts."  # in the name of every linear of an expert, and of no other
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from rilq.converter.pipeline import (
 from rilq.converter.train import Progress
 from rilq.converter.workdir import peek_facts
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
+from rilq.records.losses import finite_or_nan, losses_of
 from rilq.records.machine import machine_facts
 from rilq.records.run import LayerFigure, LossPoint, Run
 
@@ -75,21 +75,6 @@ def losses_so_far(work: Path) -> tuple[LossPoint, ...]:
     return () if facts is None else losses_of(curves(Progress(**facts)))
 
 
-def losses_of(quality: Mapping[str, Any]) -> tuple[LossPoint, ...]:
-    """Losses over the updates, from what `rilq.json` says; none without a training."""
-    history = quality.get("history", ())
-    steps = [step for step, _ in history]
-    points = [LossPoint("validation", "total", step, _number(loss)) for step, loss in history]
-    for term, losses in quality.get("validation_parts", {}).items():
-        pairs = zip(steps, losses, strict=True)
-        points += [LossPoint("validation", term, step, _number(loss)) for step, loss in pairs]
-    points += [
-        LossPoint("train", "total", step, _number(loss))
-        for step, loss in quality.get("train_history", ())
-    ]
-    return tuple(points)
-
-
 def layers_of(job: Job, quality: Mapping[str, Any]) -> tuple[LayerFigure, ...]:
     """Error and stored bits of every decoder layer."""
     plan = job.plan
@@ -103,9 +88,7 @@ def layers_of(job: Job, quality: Mapping[str, Any]) -> tuple[LayerFigure, ...]:
         bits = sum(
             p.out_features * p.in_features * p.spec.bits_per_weight for p in linears if p.spec
         )
-        figures.append(LayerFigure(index, _number(error), bits / weights if weights else None))
+        figures.append(
+            LayerFigure(index, finite_or_nan(error), bits / weights if weights else None)
+        )
     return tuple(figures)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

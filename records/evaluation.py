@@ -12,6 +12,7 @@ import torch
 from rilq.converter.pipeline import base_name, versions
 from rilq.evaluation.figures import Evaluation, Passages
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.verify import MANIFEST_NAME, file_hash
 from rilq.records.machine import machine_facts
@@ -57,7 +58,7 @@ def measured_run(
 
 def _open(model: str, revision: str | None) -> Checkpoint:
     # int32: the packed codes of a converted checkpoint.
-    return Checkpoint.open(
+    return open_source_checkpoint(
         open_source(model, revision=revision), dtypes=SOURCE_DTYPES | {torch.int32}
     )
 

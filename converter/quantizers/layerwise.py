@@ -24,6 +24,7 @@ from rilq.converter.quantizers.grid import (
     grid_of_range,
 )
 from rilq.converter.quantizers.lsq import group_importance, start_grid
+from rilq.converter.ranks import ALONE, Ranks
 from rilq.errors import RilqError
 from rilq.formats.packing import dequantize
 from rilq.formats.spec import QuantizedLinear, QuantSpec
@@ -44,6 +45,7 @@ class LayerTask:
         batches: an endless order of training rows in batches, each in parts that fit the memory:
             pairs of the quantized prefix's hidden states and the full-precision layer's outputs.
         note: takes a line about this layer that the user should see.
+        ranks: this process among those that share the rows of every batch.
     """
 
     weights: Mapping[str, Tensor]
@@ -52,6 +54,7 @@ class LayerTask:
     run: Callable[[Tensor, dict[str, Tensor]], Tensor]
     batches: Iterator[list[tuple[Tensor, Tensor]]]
     note: Callable[[str], None]
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,12 @@ class LayerQuantizer:
         }
         start = _results(learned)
         first = next(task.batches)
-        self._train(learned, task.run, chain([first], task.batches))
+        self._train(learned, task.run, chain([first], task.batches), task.ranks)
         end = _results(learned)
-        if _error(task.run, first, end) < _error(task.run, first, start):
+        after, before = (
+            task.ranks.total(_error(task.run, first, linears)) for linears in (end, start)
+        )
+        if after < before:
             return end
         task.note(f"{self.name} gained nothing in {self.steps} updates: its start is kept")
         return start
@@ -98,6 +104,7 @@ class LayerQuantizer:
         learned: Mapping[str, LearnedWeight],
         run: Callable[[Tensor, dict[str, Tensor]], Tensor],
         batches: Iterator[list[tuple[Tensor, Tensor]]],
+        ranks: Ranks,
     ) -> None:
         groups = [group for each in learned.values() for group in each.groups(self.steps)]
         optimizer = learned_optimizer(self.name, groups)
@@ -107,7 +114,7 @@ class LayerQuantizer:
             optimizer.zero_grad(set_to_none=True)
             batch = next(batches)
             # Relative to the output's size, so that layers of any scale train alike.
-            size = sum(wanted.float().square().sum().item() for _, wanted in batch)
+            size = ranks.total(sum(wanted.float().square().sum().item() for _, wanted in batch))
             for hidden, wanted in batch:
                 weights = {name: each().to(hidden.dtype) for name, each in learned.items()}
                 apart = run(hidden, weights).float() - wanted.float()
@@ -118,6 +125,7 @@ class LayerQuantizer:
                         "  try --dtype float32 or bfloat16, or another --quantizer"
                     )
                 loss.backward()
+            ranks.add_gradients([p for group in groups for p in group["params"]])
             optimizer.step()
 
 

@@ -31,13 +31,28 @@ def kind_of(name: str) -> ExportKind:
     return KINDS[name]
 
 
+def check_kind(name: str, form: NativeForm, options: ExportOptions) -> None:
+    """Refuse what a kind cannot hold; see `ExportKind.check`.
+
+    Raises:
+        InputError: the message names the remedy.
+    """
+    kind = kind_of(name)
+    if kind is not dense and form.is_mixture:
+        raise OptionError(
+            f"{form.label}: is a mixture of experts, which --to {name} cannot write yet\n"
+            "  export --to dense, which any program reads"
+        )
+    kind.check(form, options)
+
+
 def possible(form: NativeForm) -> dict[str, ExportOptions]:
     """The kinds that a checkpoint can be exported to here, each with options that it takes."""
     found = dict[str, ExportOptions]()
-    for name, kind in KINDS.items():
+    for name in KINDS:
         for options in (ExportOptions(dtype=torch.bfloat16), ExportOptions()):
             try:
-                kind.check(form, options)
+                check_kind(name, form, options)
             except InputError:
                 continue
             found[name] = options  # float16 where both will do

@@ -19,7 +19,7 @@ from rilq.formats.packing import dequantize_packed
 from rilq.formats.peft_folder import CONFIG_NAME, PeftFolder
 from rilq.formats.shard import listing, tensor_hash
 from rilq.formats.source import LocalFolder
-from rilq.formats.spec import QuantSpec
+from rilq.formats.spec import EXPERTS, QuantSpec
 from rilq.formats.verify import MANIFEST_NAME, read_manifest
 from rilq.progress import Reporter
 
@@ -47,6 +47,11 @@ class NativeForm:
     outer: Mapping[str, QuantSpec]
     lora: bool
     recipe: Mapping[str, Any]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are experts among its linears."""
+        return any(EXPERTS in name for name in (*self.linears, *self.kept))
 
     @property
     def model_type(self) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import signal
+import socket
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ import torch
 from typer.testing import CliRunner
 
 from rilq import cli
+from rilq.cli import session
 from rilq.converter import pipeline, workdir
 from rilq.converter.options import ConvertOptions
 from rilq.errors import RilqError
@@ -143,6 +145,56 @@ def _at(call: int, act: Callable[[], None]) -> None:
 
 
 @pytest.fixture
+def together(start_child: Any) -> Callable[..., list[Any]]:
+    """`together(count, arguments, at=None, act=None, who=None)`: how so many processes ended.
+
+    With `at`, the first one kills itself when it is at that point so often; with `act`, process
+    `who`, or every one, calls it at its start.
+    """
+
+    def run(
+        count: int,
+        arguments: list[str],
+        at: tuple[str, int] | None = None,
+        act: Callable[[], None] | None = None,
+        who: int | None = None,
+    ) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def body(index: int) -> None:
+            os.environ |= {
+                "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            sys.argv = ["rilq", *arguments]
+            session.ALIKE = 0.0  # there is no launcher to wait for
+            if index == 0 and at is not None:
+                _kill_at(*at)
+            if act is not None and who in (None, index):
+                act()
+            cli.main()
+
+        children = [start_child(lambda index=index: body(index)) for index in range(count)]
+        return [child.wait() for child in children]
+
+    return run
+
+
+def _kill_at(point: str, times: int) -> None:
+    seen: list[str] = []
+
+    def reached(now: str) -> None:
+        seen.append(now)
+        if seen.count(point) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    workdir.reached = reached
+
+
+@pytest.fixture
 def convert(in_child: Callable[[Callable[[], None]], Ended]) -> Callable[..., Ended]:
     """`convert(options, at=None, act=kill -9)`: a conversion in a child, and how it ended.
 
@@ -243,7 +295,7 @@ def native(
             ended = run_cli(
                 *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
                 *("--seqlen", 24, "--quantizer", "rtn", "--rank", 0, "--device", "cpu"),
-                *("--max-shard-size", "60kB", "-o", folder / "out", *options),
+                *("--max-shard-size", "60kB", "--no-report", "-o", folder / "out", *options),
             )
             assert ended.code == 0, ended.err
             natives[key] = folder / "out"
@@ -303,7 +355,7 @@ def quick(tiny_llama: Path, calib: Path) -> Callable[..., ConvertOptions]:
 def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
     """`arguments(folder, *more)`: the command line of a `quick` conversion to `folder/out`.
 
-    Of an option that comes twice the last one wins.
+    Of an option that comes twice the last one wins. No report is written.
     """
 
     def make(
@@ -318,6 +370,7 @@ def arguments(tiny_llama: Path, calib: Path) -> Callable[..., list[str]]:
             "--batch-size 8 --val-every 2 --max-shard-size 40kB --device cpu"
         )
         places = ["--dataset", str(dataset), "--output-dir", str(folder / "out")]
+        places += ["--no-report"] if command == "convert" else []
         return [command, str(model), *quick.split(), *places, *map(str, more)]
 
     return make

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rilq  # noqa: F401  (teaches transformers the native format)
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "layer_types": WINDOWS},
     "phi3": {},
     "olmo2": {},
+    **MIXTURES,
 }
 
 
@@ -46,7 +48,7 @@ def test_converted_model_loads_and_its_student_was_that_model(
     ended = run_cli(
         *("convert", source, "--dataset", calib, "--group-size", 32, "--nsamples", 10),
         *("--seqlen", 24, "--steps", 4, "--val-every", 2, "--rank", 4, "--lr", "1e-3"),
-        *("--layer-steps", 3, "--loss", "mse+ce"),
+        *("--layer-steps", 3, "--loss", "mse+ce", "--no-report"),
         *("-o", tmp_path / "out", "--keep-work", "--json", *more),
     )
     assert ended.code == 0, ended.err

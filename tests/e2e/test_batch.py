@@ -60,8 +60,9 @@ def write(tmp_path: Path, tiny_llama: Path, calib: Path) -> Callable[..., Path]:
     """`write(job, ...)`: a batch file of tiny jobs in a folder of its own."""
 
     def make(*jobs: dict[str, Any], **defaults: Any) -> Path:
+        tiny = {**TINY, "report": False, "model": str(tiny_llama), "dataset": str(calib)}
         content = {
-            "defaults": {**TINY, "model": str(tiny_llama), "dataset": str(calib), **defaults},
+            "defaults": {**tiny, **defaults},
             "jobs": [*jobs],
         }
         file = tmp_path / "jobs.yaml"
@@ -200,7 +201,9 @@ def test_example_batch_with_a_job_that_fails_is_finished_by_a_rerun(tmp_path: Pa
     code, out, err = run(file)
     assert code == 0 and ended(file)[4:] == [(names[1], 0)]
     assert err.count("skipped, done before") == 3
-    assert all((tmp_path / "demo-out" / name / "rilq.json").is_file() for name in names)
+    for name in names:
+        assert (tmp_path / "demo-out" / name / "rilq.json").is_file()
+        assert (tmp_path / "demo-out" / f"{name}.report.html").is_file()
 
 
 def wait_for(text: str, log: Path, process: Batch) -> None:

@@ -48,7 +48,13 @@ def write(tmp_path: Path, tiny_llama: Path, calib: Path) -> Callable[..., Path]:
 
     def make(*jobs: dict[str, Any], file: str = "jobs.yaml", **defaults: Any) -> Path:
         content = {
-            "defaults": {**TINY, "model": str(tiny_llama), "dataset": str(calib), **defaults},
+            "defaults": {
+                **TINY,
+                "report": False,
+                "model": str(tiny_llama),
+                "dataset": str(calib),
+                **defaults,
+            },
             "jobs": [*jobs],
         }
         (tmp_path / file).write_text(yaml.safe_dump(content))

@@ -210,7 +210,7 @@ def test_each_tensor_of_the_checkpoint_is_read_once(
 def test_plan_touches_nothing_and_says_what_convert_does(
     tmp_path: Path, run_cli: Run, arguments: Run
 ) -> None:
-    ended = run_cli("plan", *arguments(tmp_path, "--json")[1:])
+    ended = run_cli(*arguments(tmp_path, "--json", command="plan"))
     assert ended.code == 0, ended.err
     plan = json.loads(ended.out)
     assert list(tmp_path.iterdir()) == []
@@ -224,7 +224,7 @@ def test_plan_touches_nothing_and_says_what_convert_does(
 def test_plan_for_people_names_what_is_kept_and_why(
     tmp_path: Path, run_cli: Run, arguments: Run
 ) -> None:
-    ended = run_cli("plan", *arguments(tmp_path, "--skip", "v_proj")[1:])
+    ended = run_cli(*arguments(tmp_path, "--skip", "v_proj", command="plan"))
     for expected in ("v_proj", "--skip", "peak memory", "disk", "bits per", "time"):
         assert expected in ended.out
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 from student_examples import batch, loss_and_gradients, make_student, write_layers
 
 from rilq.calib.activations import ActivationStore, ActivationWriter
@@ -139,6 +140,27 @@ def test_conversion_on_the_gpu_comes_close_to_that_on_the_cpu(
         )
         losses[device] = json.loads(done.stdout)["quality"]["validation_loss_merged"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+
+
+@pytest.mark.parametrize("memory", ["1GB", "1kB"])
+def test_a_mixture_on_the_gpu_comes_close_to_that_on_the_cpu(
+    memory: str,
+    tmp_path: Path,
+    make_model: Callable[..., Path],
+    arguments: Callable[..., list[str]],
+) -> None:
+    """All experts of a layer on the device, or one at a time."""
+    source = make_model(tmp_path / "source", "qwen2_moe", **MIXTURES["qwen2_moe"])
+    errors = {}
+    for device in ("cpu", "cuda"):
+        (tmp_path / device).mkdir()
+        more = ("--device", device, "--dtype", "float32", "--json", "--quantizer", "gptq")
+        words = arguments(tmp_path / device, *more, "--expert-memory", memory, model=source)
+        done = subprocess.run(
+            [sys.executable, "-m", "rilq", *words], capture_output=True, text=True, check=True
+        )
+        errors[device] = json.loads(done.stdout)["quality"]["layer_errors"]
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)
 
 
 def test_memory_on_the_gpu_is_shown(tmp_path: Path) -> None:

@@ -586,3 +586,15 @@ def test_compare_takes_the_base_that_the_manifest_names_from_the_hub(
     assert told["baseline"]["label"] == f"{DEEP} (run 1)"
     assert told["baseline"]["figures"]["kl_max"] == 0.0
     assert told["candidates"][0]["figures"]["kl_mean"] > 0
+
+
+@pytest.mark.slow
+def test_several_processes_fetch_each_shard_once(
+    deep_hub: Any, tmp_path: Path, arguments: Any, together: Any, deep_llama: Path
+) -> None:
+    words = arguments(tmp_path, *QUICK, model=Path(DEEP))
+    ended = together(2, words, act=lambda: use_hub(deep_hub, tmp_path / "hf"))
+    assert [each.code for each in ended] == [0, 0], ended
+    heads = 2**16  # bytes that are asked for to read a header, by every process
+    whole = [r.path for r in deep_hub.requests if r.origin == "cdn" and r.sent > heads]
+    assert len(whole) == len(set(whole)) == len(list(deep_llama.glob("*.safetensors")))

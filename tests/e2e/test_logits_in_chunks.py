@@ -3,6 +3,7 @@
 With a vocabulary of 128,000 and rows of 2048 tokens those would be a gigabyte for each row.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ class _Watch(TorchDispatchMode):
         return out
 
 
-def watched(positions: int) -> Callable[[], None]:
+def watched(positions: int, folder: Path) -> Callable[[], None]:
     """Watch a child, in which logits of so many positions may exist at once."""
 
     def begin() -> None:
+        os.chdir(folder)  # where a command that is ended may leave what it has done
         loss.LOGITS = forward.LOGITS = positions * VOCABULARY
         _Watch().__enter__()
 
@@ -72,12 +74,16 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_no_tensor_holds_the_logits_of_a_whole_batch(case: str, command: Any, run_cli: Any) -> None:
-    ended = run_cli(*command(*COMMANDS[case]), first=watched(CHUNK))
+def test_no_tensor_holds_the_logits_of_a_whole_batch(
+    case: str, command: Any, run_cli: Any, tmp_path: Path
+) -> None:
+    ended = run_cli(*command(*COMMANDS[case]), first=watched(CHUNK, tmp_path))
     assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("case", ["convert", "eval"])
-def test_the_watch_sees_logits_of_a_whole_batch(case: str, command: Any, run_cli: Any) -> None:
-    ended = run_cli(*command(*COMMANDS[case]), first=watched(ENOUGH))
+def test_the_watch_sees_logits_of_a_whole_batch(
+    case: str, command: Any, run_cli: Any, tmp_path: Path
+) -> None:
+    ended = run_cli(*command(*COMMANDS[case]), first=watched(ENOUGH, tmp_path))
     assert ended.code != 0 and "AssertionError" in ended.err

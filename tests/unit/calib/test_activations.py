@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from rilq.calib import activations
-from rilq.calib.activations import ActivationStore, ActivationWriter, prefetch
+from rilq.calib.activations import ActivationStore, ActivationWriter, part_path, prefetch
 from rilq.errors import OutputError, RilqError
 
 SHAPE = (5, 3, 4)
@@ -37,6 +37,39 @@ def store(tmp_path: Path) -> ActivationStore:
     """Five rows of float32, complete."""
     _write(tmp_path / "h", _values())
     return ActivationStore(tmp_path / "h", SHAPE, torch.float32)
+
+
+@pytest.fixture
+def parted(tmp_path: Path) -> ActivationStore:
+    """The same five rows in files of two, one and two rows."""
+    starts = (0, 2, 3)
+    for start, stop in zip(starts, (2, 3, 5), strict=True):
+        _write(part_path(tmp_path / "h.bin", start, 3), _values()[start:stop])
+    return ActivationStore(tmp_path / "h.bin", SHAPE, torch.float32, starts=starts)
+
+
+def test_rows_in_several_files_read_as_in_one(parted: ActivationStore) -> None:
+    for start in range(6):
+        for stop in range(start, 6):
+            assert torch.equal(parted.read(start, stop), _values()[start:stop])
+    for size in range(1, 6):
+        assert torch.equal(torch.cat([b for _, b in parted.batches(size)]), _values())
+    assert torch.equal(parted.gather([4, 0, 2, 3, 0]), _values()[[4, 0, 2, 3, 0]])
+
+
+def test_a_missing_file_of_several_is_named(parted: ActivationStore) -> None:
+    gone = part_path(parted.path, 2, 3)
+    gone.unlink()
+    with pytest.raises(RilqError, match=str(gone)):
+        parted.read(0, 5)
+
+
+def test_a_bad_row_has_its_number_among_all(tmp_path: Path) -> None:
+    values = _values()[3:]
+    values[1, 0, 0] = float("nan")
+    writer = ActivationWriter(tmp_path / "h", (2, 3, 4), torch.float32, first_row=3)
+    with pytest.raises(RilqError, match="activations of row 4 hold NaN"), writer:
+        writer.append(values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -52,6 +52,16 @@ def test_an_expert_without_tokens_has_a_zero_hessian() -> None:
     assert HessianSum(3, "cpu").value().equal(torch.zeros(3, 3))
 
 
+def test_the_mean_can_be_taken_in_the_memory_of_the_sums_once() -> None:
+    total = HessianSum(4, "cpu")
+    total.add(inputs(3, 4))
+    expected, place = total.value(), total._sum.data_ptr()
+    taken = total.take()
+    assert taken.equal(expected) and taken.data_ptr() == place
+    with pytest.raises(AssertionError, match="Hessian of 0"):
+        total.add(inputs(3, 4))
+
+
 def test_inputs_of_another_width_are_refused() -> None:
     with pytest.raises(AssertionError, match="inputs of 5 features"):
         HessianSum(4, "cpu").add(inputs(2, 5))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -288,17 +289,18 @@ def test_a_stored_head_that_is_tied_is_taken_for_the_embedding(
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_norms_behind_the_linears_are_refused_by_name(
+def test_norms_behind_the_linears_and_experts_are_refused_by_name(
     model_type: str, tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
-    folder = make_model(tmp_path / "model", model_type)
+    folder = make_model(tmp_path / "model", model_type, **MIXTURES.get(model_type, {}))
     with pytest.raises(UnsupportedArchitectureError) as caught:
         rotated(folder)
+    assert ("mixture of experts" in str(caught.value)) == (model_type in MIXTURES)
     assert f"--rotate: {SUPPORTED[model_type]} cannot be rotated" in str(caught.value)
     assert "leave out --rotate" in str(caught.value) and "Llama 2/3, Mistral" in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
+@pytest.mark.parametrize("model_type", sorted({*REFUSED} - {*MIXTURES}))
 def test_what_is_refused_could_not_be_exact(
     model_type: str, tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 
 from rilq.converter import workdir
 from rilq.converter.layers import StreamedModel
@@ -75,6 +76,40 @@ def test_a_layer_is_read_while_the_one_before_it_is_not_committed_yet(
     monkeypatch.setattr(workdir, "reached", reached)
     stream(build_quantizer("rtn"))
     assert waited.count("layers:committed") == 4
+
+
+def test_experts_that_come_one_by_one_are_never_read_ahead(
+    tmp_path: Path, make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is journaled has the hash of each of them."""
+    readers: dict[str, set[str]] = {}
+    real = Checkpoint.read
+
+    def read(self: Checkpoint, names: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        names = list(names)
+        for name in names:
+            readers.setdefault(name, set()).add(threading.current_thread().name)
+        return real(self, names, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    source = make_model(tmp_path / "source", "qwen3_moe", **MIXTURES["qwen3_moe"])
+    checkpoint = Checkpoint.open(LocalFolder(source))
+    streamed = StreamedModel(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    streamed.experts_apart = True
+    tokens = torch.randint(320, (ROWS, SEQLEN), generator=torch.Generator().manual_seed(0))
+    options = StreamOptions(
+        build_quantizer("rtn"), lambda name: QuantSpec(2, 32), batch_rows=2, train_rows=ROWS
+    )
+    report = SilentReporter()
+    with open_workdir(tmp_path / "work", {}, {}, resume="auto", report=report) as work:
+        StreamingPass(checkpoint, streamed, tokens, work, options, report).run(targets=True)
+        journaled = [record.facts.get("source", {}) for record in work.stage("layers")]
+    layers = {n for n in checkpoint.tensors if ".layers." in n}
+    for name in layers:
+        assert (readers[name] == {"rilq-layer-reader"}) == (".experts." not in name), name
+        assert ".experts." not in name or "rilq-layer-reader" not in readers[name]
+    hashes = {name: found for facts in journaled for name, found in facts.items()}
+    assert hashes == {name: checkpoint.hashes[name] for name in layers}
 
 
 def test_a_stop_in_a_layer_ends_every_thread(stream: Callable[..., None]) -> None:

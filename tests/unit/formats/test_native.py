@@ -120,7 +120,7 @@ def test_config_survives_its_json() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 3}, "upgrade rilq"),
+        ({"format_version": 99}, "upgrade rilq"),
         ({"format_version": "1"}, "upgrade rilq"),
         ({"bits": 5}, "one of"),
         ({"bits_for": {"model.layers.0.x": 1}}, "model.layers.0.x"),

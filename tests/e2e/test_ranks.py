@@ -1,0 +1,283 @@
+"""Several processes convert as one does, but for rounding; stopped, they go on as they would."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rilq.formats.packing import unpack
+
+GPTQ = ("--quantizer", "gptq", "--loss", "mse+ce+kl")
+KILLED = -signal.SIGKILL
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[Any, Path]:
+    """Conversions that tests of this file share, made by the first one that needs each."""
+    return {}
+
+
+@pytest.fixture
+def converted(
+    made: dict[Any, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    together: Any,
+    run_cli: Any,
+    arguments: Any,
+) -> Callable[..., Path]:
+    """`converted(count, *options)`: the output of an unbroken conversion by so many processes."""
+
+    def make(count: int, *options: object) -> Path:
+        if (count, options) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            words = arguments(folder, *options)
+            ended = [run_cli(*words)] if count == 1 else together(count, words)
+            assert [each.code for each in ended] == [0] * count, [each.err for each in ended]
+            made[count, options] = folder / "out"
+        return made[count, options]
+
+    return make
+
+
+def tensors(output: Path) -> dict[str, Tensor]:
+    return {
+        n: t for path in sorted(output.glob("*.safetensors")) for n, t in load_file(path).items()
+    }
+
+
+def agree(one: Path, other: Path, rel: float = 5e-3) -> None:
+    """That two checkpoints are the same but for rounding, of the first layer as good as exactly.
+
+    Args:
+        rel: of errors and losses. A sum that rounds differently turns a code here and there, and
+            Adam makes a whole step of a gradient that is zero but for rounding: what is trained
+            layer by layer drifts apart as it does with another --micro-batch.
+    """
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    same = total = 0
+    for name, tensor in first.items():
+        if tensor.dtype == torch.int32:
+            codes, others = (unpack(w, 2, w.shape[1] * 16) for w in (tensor, second[name]))
+            same, total = same + int((codes == others).sum()), total + codes.numel()
+        else:
+            apart = (tensor.float() - second[name].float()).norm() / tensor.float().norm()
+            assert apart < 0.05, name
+    assert total
+    assert same / total > 1 - rel
+    figures = [json.loads((each / "rilq.json").read_text())["quality"] for each in (one, other)]
+    for name in ("validation_loss_before", "validation_loss", "validation_loss_merged"):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=rel), name
+    errors = [each["layer_errors"] for each in figures]
+    assert errors[1] == pytest.approx(errors[0], rel=rel)
+    assert errors[1][0] == pytest.approx(errors[0][0], rel=1e-4)
+    for term, losses in figures[0]["validation_parts"].items():
+        assert figures[1]["validation_parts"][term] == pytest.approx(losses, rel=rel)
+
+
+@pytest.mark.parametrize(("options", "rel"), [((), 2e-2), (GPTQ, 5e-3)], ids=["blockap", "gptq"])
+def test_two_processes_make_what_one_does(
+    converted: Any, options: tuple[str, ...], rel: float
+) -> None:
+    agree(converted(1, *options), converted(2, *options), rel)
+
+
+@SLOW
+def test_a_process_without_rows_of_an_update_or_for_validation_works_along(converted: Any) -> None:
+    few = (*GPTQ, "--batch-size", 1, "--val-ratio", 0.05)
+    agree(converted(1, *few), converted(2, *few))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("layers:written", marks=SLOW),
+        "layers:committed",
+        pytest.param("train:committed", marks=SLOW),
+    ],
+)
+def test_killed_two_processes_go_on_to_the_same_bytes(
+    converted: Any, together: Any, arguments: Any, hashes: Any, tmp_path: Path, point: str
+) -> None:
+    words = arguments(tmp_path, *GPTQ)
+    first, other = together(2, words, at=(point, 2))
+    assert first.code == KILLED
+    assert other.code == 1, other.err
+    assert not other.err  # the launcher tells of a killed process
+    again = together(2, words)
+    assert [each.code for each in again] == [0, 0], again
+    assert "continuing after" in again[0].err
+    assert hashes(tmp_path / "out") == hashes(converted(2, *GPTQ))
+
+
+@pytest.mark.parametrize(
+    ("begun", "after", "point"),
+    [
+        (2, 1, "layers:committed"),
+        pytest.param(2, 1, "train:committed", marks=SLOW),
+        pytest.param(1, 2, "layers:committed", marks=SLOW),
+        pytest.param(1, 2, "train:committed", marks=SLOW),
+        pytest.param(2, 3, "layers:committed", marks=SLOW),
+        pytest.param(2, 3, "train:committed", marks=SLOW),
+    ],
+)
+def test_another_number_of_processes_goes_on_to_the_same_but_for_rounding(
+    converted: Any,
+    together: Any,
+    arguments: Any,
+    tmp_path: Path,
+    begun: int,
+    after: int,
+    point: str,
+) -> None:
+    words = arguments(tmp_path, *GPTQ)
+    assert together(begun, words, at=(point, 2))[0].code == KILLED
+    ended = together(after, words)
+    assert [each.code for each in ended] == [0] * after, ended
+    assert f"begun with {begun} processes, going on with {after}" in ended[0].err
+    agree(converted(1, *GPTQ), tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "rilq.json").read_text())
+    assert manifest["processes"] == sorted({begun, after})
+
+
+def test_what_fails_in_one_process_ends_all_and_is_said_once(
+    together: Any, arguments: Any, tmp_path: Path
+) -> None:
+    full = (8_000, resource.RLIM_INFINITY)  # bytes, fewer than a file of hidden states
+    words = arguments(tmp_path, *GPTQ)
+    first, other = together(
+        2, words, act=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full), who=1
+    )
+    assert (first.code, other.code) == (1, 2), (first.err, other.err)
+    assert other.err.startswith("rilq: ")
+    assert "teacher-0000.from6.bin" in other.err
+    assert "another process of this run ended" in first.err
+    assert "Traceback" not in first.err + other.err
+    assert [each.code for each in together(2, words)] == [0, 0]
+
+
+@SLOW
+def test_only_the_first_process_prints_and_records(
+    converted: Any, together: Any, arguments: Any, tmp_path: Path
+) -> None:
+    first, other = together(2, arguments(tmp_path, *GPTQ, "--json", "--db", tmp_path / "db"))
+    assert (first.code, other.code) == (0, 0)
+    assert json.loads(first.out)["output"] == str(tmp_path / "out")
+    assert "recorded as run 1 " in first.err
+    assert (other.out, other.err) == ("", "")
+
+
+@SLOW
+def test_processes_with_different_options_are_refused(
+    together: Any, arguments: Any, tmp_path: Path
+) -> None:
+    words = arguments(tmp_path, *GPTQ)
+    _, other = together(2, words, act=lambda: sys.argv.extend(["--steps", "3"]), who=1)
+    assert other.code == 2
+    assert "--steps: 4 there, 3 here" in other.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        pytest.param(("--nsamples", 2), "2 rows for 3 processes", marks=SLOW),
+        pytest.param(("--evict",), "--evict, --max-disk: not with 3 processes", marks=SLOW),
+        (("--device", "cpu:0"), "every process of a launcher takes a GPU of its own"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    together: Any, arguments: Any, tmp_path: Path, more: tuple[object, ...], said: str
+) -> None:
+    ended = together(3, arguments(tmp_path, *GPTQ, *more))
+    assert [each.code for each in ended] == [2, 2, 2]
+    assert said in ended[0].err
+
+
+def test_other_commands_are_refused(together: Any, tiny_llama: Path) -> None:
+    ended = together(2, ["eval", str(tiny_llama)])
+    assert [each.code for each in ended] == [2, 2]
+    assert ended[0].err.startswith("rilq: eval runs in one process")
+    assert not ended[1].err
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2"),
+    # Without --multi_gpu, accelerate starts one process where there is no GPU.
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+}
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """`launched(name, arguments)`: a real launcher with two processes, just started."""
+
+    def start(name: str, arguments: list[str]) -> subprocess.Popen[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = [*LAUNCHERS[name], f"--main_process_port={port}" if name == "accelerate" else
+                 f"--master-port={port}", "-m", "rilq", *arguments]  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", *words], cwd=tmp_path, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    return start
+
+
+@SLOW
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_start_it(
+    launched: Any, converted: Any, arguments: Any, hashes: Any, tmp_path: Path, name: str
+) -> None:
+    running = launched(name, arguments(tmp_path, *GPTQ, "--json"))
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert json.loads(out)["already_done"] is False
+    assert hashes(tmp_path / "out") == hashes(converted(2, *GPTQ))
+
+
+@SLOW
+def test_under_a_launcher_bad_input_is_said_once(
+    launched: Any, arguments: Any, tmp_path: Path
+) -> None:
+    running = launched("torchrun", arguments(tmp_path, "--bits", "5"))
+    _, err = running.communicate(timeout=300)
+    assert running.returncode
+    assert err.count("rilq: ") == 1
+
+
+@SLOW
+def test_ctrl_c_stops_all_and_the_same_command_continues(
+    launched: Any, converted: Any, arguments: Any, hashes: Any, tmp_path: Path
+) -> None:
+    words = arguments(tmp_path, *GPTQ)
+    running = launched("torchrun", words)
+    journal = tmp_path / "out.rilq-work" / "journal.jsonl"
+    limit = time.monotonic() + 240
+    while not (journal.exists() and b"layer 0" in journal.read_bytes()):
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, err = running.communicate(timeout=120)
+    assert running.returncode
+    assert err.count("rilq: stopped by SIGINT") == 1, err
+    again = launched("torchrun", words)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    assert hashes(tmp_path / "out") == hashes(converted(2, *GPTQ))
