@@ -46,13 +46,19 @@ class Watched:
 
 
 def convert(
-    model: Path, out: Path, *options: object, rows: int, seqlen: int, data_limit: int | None = None
+    model: Path,
+    out: Path,
+    *options: object,
+    rows: int,
+    seqlen: int,
+    data_limit: int | None = None,
+    private_limit: int | None = None,
 ) -> Watched:
     """Convert a checkpoint of `scale_checkpoint.py` on the CPU with one thread.
 
     Args:
         out: a folder that does not exist; its work folder is beside it.
-        data_limit: RLIMIT_DATA of the process.
+        data_limit, private_limit: see `watch`.
     """
     command = [
         *(sys.executable, "-m", "rilq", "convert", str(model)),
@@ -60,11 +66,21 @@ def convert(
         *("--device", "cpu", "-o", str(out), "--db", "none", "--resume", "never"),
         *("--quiet", "--json", *map(str, options)),
     ]
-    return watch(command, [out, out.with_name(f"{out.name}.rilq-work")], data_limit)
+    return watch(command, [out, out.with_name(f"{out.name}.rilq-work")], data_limit, private_limit)
 
 
-def watch(command: list[str], folders: list[Path], data_limit: int | None = None) -> Watched:
-    """Run a command to its end and look at it meanwhile."""
+def watch(
+    command: list[str],
+    folders: list[Path],
+    data_limit: int | None = None,
+    private_limit: int | None = None,
+) -> Watched:
+    """Run a command to its end and look at it meanwhile.
+
+    Args:
+        data_limit: RLIMIT_DATA of the process.
+        private_limit: private resident memory at which it is killed, where it is seen.
+    """
 
     def limited() -> None:
         if data_limit is not None:
@@ -84,6 +100,8 @@ def watch(command: list[str], folders: list[Path], data_limit: int | None = None
             seen = _memory(child.pid)
             private, data = max(private, seen["RssAnon"]), max(data, seen["VmData"])
             resident = max(resident, seen["VmHWM"])
+            if private_limit is not None and private > private_limit:
+                child.kill()
             if time.perf_counter() - looked > LOOK_DISK:
                 disk, looked = max(disk, sum(_sizes(folders))), time.perf_counter()
             time.sleep(LOOK)
