@@ -93,16 +93,27 @@ def make_checkpoint(folder: Path, layers: int) -> Path:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(path, max_shard_size="100MB")
+    write_tokenizer(path)
+    write_text(folder / "text.txt", 2 * ROWS * SEQLEN)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer of single bytes."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator([], trainer)
     PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(path)
+
+
+def write_text(path: Path, tokens: int) -> None:
+    """A text of so many random letters, a token each."""
     draw = torch.Generator().manual_seed(SEED)
-    letters = torch.randint(97, 123, (2 * ROWS * SEQLEN,), generator=draw).tolist()
-    (folder / "text.txt").write_text("".join(map(chr, letters)))
-    return path
+    letters = torch.randint(97, 123, (tokens,), generator=draw).tolist()
+    path.write_text("".join(map(chr, letters)))
 
 
 # -- memory and bytes ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,8 +73,8 @@ def measure_machine(device: str, *, limit: str | None = None) -> Machine:
         free, dtype = None, torch.float32
         name = f"CPU, {torch.get_num_threads()} threads"
     left = torch.ones(1024, 1024, device=where, dtype=dtype)
-    flops = 2 * 1024**3 / _seconds(lambda: left @ left, where)
-    bandwidth = 2 * left.nbytes / _seconds(lambda: left + 1, where)
+    flops = 2 * 1024**3 / seconds_of(lambda: left @ left, where)
+    bandwidth = 2 * left.nbytes / seconds_of(lambda: left + 1, where)
     return Machine(where, dtype, host_free, free, flops, bandwidth, name)
 
 
@@ -100,16 +101,21 @@ def _settle_vector_functions() -> None:
         function(few)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The least time of a few calls; the first one pays for initialisation."""
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
+def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 3) -> float:
+    """The median time of a few calls, after one that pays for initialisation.
+
+    On a CPU the processor time of this thread, which takes part in all that others do for it: what
+    else runs on the machine at the moment does not count.
+    """
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    taken = []
+    for _ in range(1 + calls):
+        start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        taken.append(clock() - start)
+    return statistics.median(taken[1:])
 
 
 # What torch, Rust and the system say when memory or address space is used up.
@@ -154,13 +160,16 @@ def memory_errors_explained(
 
 
 @contextmanager
-def large_blocks_returned() -> Iterator[None]:
-    """Inside, glibc takes blocks of 4 MiB and more from the system, and gives them back when freed.
+def large_blocks_returned(least: int = 1 << 20) -> Iterator[None]:
+    """Inside, glibc takes large blocks from the system, and gives them back when freed.
 
     By default it keeps freed blocks of up to 32 MiB in a heap that fragments and grows from layer
     to layer (docs/log.md). The price is that the system clears every block anew.
+
+    Args:
+        least: bytes of a block that is large.
     """
-    _return_blocks_from(4 << 20)
+    _return_blocks_from(least)
     return_free_memory()
     try:
         yield

@@ -34,6 +34,7 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
 from rilq.converter.options import ConvertOptions, Train, flag
+from rilq.converter.pace import measure_pace
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.ranks import ALONE, Ranks
@@ -147,7 +148,7 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
             f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
             "cannot share yet\n  convert it in one process"
         )
-    plan = make_plan(streamed, options, machine)
+    plan = make_plan(streamed, options, machine, measure_pace)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
     return Job(options, checkpoint, streamed, plan, ranks)

@@ -42,6 +42,7 @@ from rilq.converter.options import (
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
+from rilq.converter.pace import Measure, Pace, Work
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
 from rilq.converter.tiers import COPIES, OffloadSizes, pinned_bytes
 from rilq.converter.zero_point_cost import KINDS
@@ -59,11 +60,19 @@ GPU_TOKENS = 8192  # the most on a GPU, where the memory allows them
 SEARCH_BYTES = 100 * 9 * 8
 # A rotated weight is read and written in float64 by some five passes, and converted twice.
 ROTATE_BYTES = 100
+# Before each group of linears its inputs are computed: of a Llama's layer nothing, then a tenth,
+# two tenths and seven tenths, and attention three times.
+HESSIAN_PASSES = 1.1
+# Adam's passes over what is trained, float32; a rounded weight with its gradients and moments.
+UPDATE_BYTES, ROUND_BYTES = 60, 120
+JOURNAL = 1 << 20  # bytes of the journal, the rows, and small files beside the output
 APART_TIMES = 16  # as many where experts come one by one
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
-FIXED = 300 << 20  # allocator slack, kernels' work space, the tokenizer
+# Allocator slack, kernels' work space, the tokenizer, code that is read when first used: of a
+# conversion of one narrow layer on a CPU 100 MB were measured, and 50 more of wide ones.
+FIXED, FIXED_CPU = 300 << 20, 148 << 20
 
 
 @dataclass(frozen=True)
@@ -198,18 +207,22 @@ class Plan:
 
 
 def make_plan(
-    streamed: StreamedModel, options: ConvertOptions, machine: Machine, rows: int | None = None
+    streamed: StreamedModel,
+    options: ConvertOptions,
+    machine: Machine,
+    measure: Measure | None = None,
 ) -> Plan:
     """Decide how to convert a checkpoint; reads headers, touches nothing.
 
     Args:
-        rows: calibration rows, where already known; else as many as the options ask for.
+        measure: times what the conversion consists of; None for an estimate from `machine` alone.
+            Nothing but `seconds` and `time_basis` depends on it.
 
     Raises:
         OptionError: options that this model contradicts; a linear that no group size divides.
     """
     config, checkpoint = streamed.config, streamed.checkpoint
-    rows = rows or options.nsamples or DEFAULT_ROWS
+    rows = options.nsamples or DEFAULT_ROWS
     seqlen = _seqlen(options, config.max_position_embeddings)
     validation = max(1, round(rows * options.val_ratio))
     linears = _linears(streamed, options)
@@ -227,14 +240,16 @@ def make_plan(
     choices = _choose(sizes, options, machine, seqlen, config.hidden_size)
     item = getattr(torch, choices.dtype).itemsize
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
-    peak = max(stream, train if options.trains != "none" else 0) + FIXED
-    host = max(sizes.host_bytes(item, choices), sizes.train_host_bytes(choices)) + FIXED
     on_cpu = machine.device_free is None
+    peak = max(stream, train if options.trains != "none" else 0)
+    peak += FIXED_CPU if on_cpu else FIXED
+    host = max(sizes.host_bytes(item, choices), sizes.train_host_bytes(choices)) + FIXED
     beside = _beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
     # On its way to being rotated, a tensor is in memory beside the others.
     rotating = max(t.nbytes for t in checkpoint.tensors.values()) if options.rotate else 0
-    seconds, basis = _time(sizes, options, machine, validation, rows)
+    pace = measure and measure(_work(quantized, choices, sizes), options, machine, checkpoint)
+    seconds, basis = _time(sizes, options, machine, validation, rows, pace)
     return Plan(
         model=checkpoint.source.label,
         architecture=type(streamed.model).__name__,
@@ -452,46 +467,47 @@ class _Sizes:
         return rows * self.seqlen * (10 * self.hidden + 4 * self.intermediate) * item
 
     def stream_bytes(self, item: int, choices: Choices) -> int:
-        """Full-precision layer as stored and as computed, quantizer's copies, one batch.
+        """Full-precision layer as stored and as computed, hidden states, and the widest moment.
 
-        On a CPU also the layer that is read meanwhile, and what waits to be written. Embedding and
-        head are dropped before the first layer comes; they are quantized in parts.
+        That is running a batch, factoring a Hessian, or quantizing a linear: what one of them
+        took is free again when the next one begins. On a CPU also the layer that is read
+        meanwhile, and what waits to be written. Embedding and head are dropped before the first
+        layer comes; they are quantized in parts.
         """
-        layer = self.layer_bytes + self.layer_values * item
+        held = self.layer_bytes + self.layer_values * item
         ahead = self.layer_bytes
         if choices.experts_apart:  # those of the output stay packed; none is read ahead
-            layer = self.rest_bytes + self.rest_values * item
-            layer += 2 * self.packed_experts + 3 * self.largest_linear * item
+            held = self.rest_bytes + self.rest_values * item
+            held += 2 * self.packed_experts + 3 * self.largest_linear * item
             ahead = self.rest_bytes
         if choices.device == "cpu":
-            layer += ahead + self.written_behind(item, choices)
+            held += ahead + 2 * self.written_behind(item, choices)
+        # Batches of teacher and student, each with the one that is read ahead.
+        tokens = choices.batch_rows * self.seqlen
+        held += 4 * tokens * self.hidden * item + self.layer_alternatives
+        # Without gradients nothing is kept of an expert once the next one runs.
+        running = tokens * (10 * self.hidden + 4 * self.widest_inner) * item
         quantizer = 8 * 4 * self.largest_linear
         if self.learned_values:
             # The weights, what is trained with gradient and moments, and what a step keeps.
             learned = self.learned_values if choices.trains_experts else self.rest_values
             quantizer += LEARNED_COPIES * 4 * learned
             quantizer += 3 * self.activations(choices.micro_batch, item)
-        hessian = self.hessian_bytes(choices.batch_rows * self.seqlen) if self.hessians else 0
-        if self.hessians and self.experts:
-            one = 4 * self.widest_input**2
-            hessian += min(self.experts * one, max(HESSIANS, one))
+        moments = [running, quantizer]
+        if self.hessians:
+            sums = 4 * self.widest_input**2
+            kept = sums * self.keeps_hessians  # where adapters start from them
+            width = self.widest_input
+            moments = [
+                sums + running + 4 * width * min(tokens, ROWS_IN_FLOAT32),
+                max(factor_bytes(width), factor_bytes(min(width, AT_ONCE))) + kept,
+                sums + kept + quantizer,
+            ]
+            if self.experts:
+                held += min(self.experts * sums, max(HESSIANS, sums))
         outer = self.outer_bytes + self.outer_values * item + self.outer_packed_bytes
         outer += 8 * 4 * min(CHUNK, self.outer_packed)
-        # Without gradients nothing is kept of an expert once the next one runs.
-        tokens = choices.batch_rows * self.seqlen
-        batch = 2 * tokens * (10 * self.hidden + 4 * self.widest_inner) * item
-        return max(outer, layer + self.layer_alternatives + quantizer + hessian + batch)
-
-    def hessian_bytes(self, tokens: int) -> int:
-        """Sums over a linear's inputs and a batch of them in float32; later what GPTQ makes of it.
-
-        Beside that, the sums themselves where adapters start from them.
-        """
-        width = self.widest_input
-        factored = max(factor_bytes(width), factor_bytes(min(width, AT_ONCE)))
-        return max(4 * width * (width + min(tokens, ROWS_IN_FLOAT32)), factored) + (
-            4 * width**2 if self.keeps_hessians else 0
-        )
+        return max(outer, held + max(moments))
 
     def written_behind(self, item: int, choices: Choices) -> int:
         """Hidden states that wait to be written: the queue, or one batch if that is larger."""
@@ -532,18 +548,23 @@ class _Sizes:
             return self.offload.on_host()
         return 4 * self.trained_values  # the best ones so far
 
-    def work_bytes(self, item: int, options: ConvertOptions) -> int:
-        """Layers and outer tensors, four sets of states (or targets), two training states.
+    def work_bytes(self, item: int, options: ConvertOptions) -> tuple[int, int]:
+        """Bytes of the work folder at its fullest, and while the output is written.
 
-        Of embedding and head that are quantized, both the source's and the output's; of linears
-        all alternatives.
+        Layers and outer tensors are there all the time: of embedding and head that are quantized,
+        both the source's and the output's; of linears all alternatives. To them come, in the pass,
+        four sets of states; in training, the targets and two training states; while the output is
+        written, the targets, the last training state and the best values.
         """
-        states = 5 * self.states_bytes(item)
-        output = self.output_bytes + (self.outer_bytes if self.outer_packed else 0)
-        initial = 4 * self.trained_values if options.adapter_init != "zero" else 0
-        trained = 2 * 4 * 4 * self.trained_values
-        alternatives = round(self.alternative_bytes * self.quantized_weights)
-        return output + states + initial + trained + alternatives + (4 << 20)
+        kept = self.output_bytes + (self.outer_bytes if self.outer_packed else 0)
+        kept += round(self.alternative_bytes * self.quantized_weights) + JOURNAL
+        states, values = self.states_bytes(item), 4 * self.trained_values
+        if options.adapter_init != "zero":
+            kept += values
+        if options.trains == "none":
+            return kept + 4 * states, kept + 2 * states
+        training = states + 2 * 4 * values
+        return kept + max(4 * states, training), kept + states + 5 * values
 
 
 def _page_locked(nbytes: int) -> int:
@@ -834,13 +855,19 @@ def _expert_memory(options: ConvertOptions, free: int) -> int:
 
 
 def _disks(
-    options: ConvertOptions, streamed: StreamedModel, work: int, output: int
+    options: ConvertOptions, streamed: StreamedModel, work: tuple[int, int], output: int
 ) -> tuple[Disk, ...]:
-    """Bytes per volume; folders on one volume are added up."""
+    """Bytes per volume; folders on one volume are added up.
+
+    Args:
+        work: as of `_Sizes.work_bytes`. The output takes what the work folder has given up.
+    """
     needs: dict[int, Disk] = {}
+    fullest, writing = work
+    shared = volume_of(options.work).device == volume_of(options.output).device
     wanted: list[tuple[Path, str, int]] = [
-        (options.work, WORK, work),
-        (options.output, OUTPUT, output),
+        (options.work, WORK, fullest),
+        (options.output, OUTPUT, max(0, writing + output - fullest) if shared else output),
     ]
     checkpoint = streamed.checkpoint
     steps = [checkpoint.shards_of(names) for names in streamed.reading_steps()]
@@ -860,36 +887,89 @@ def _disks(
     return tuple(needs.values())
 
 
-def _time(
-    sizes: _Sizes, options: ConvertOptions, machine: Machine, validation: int, rows: int
-) -> tuple[float, str]:
-    """Matrix products, and what lies between them, each at the speed measured for it."""
-    weights = sizes.layers * (sizes.layer_values - sizes.idle_values)
-    tokens = rows * sizes.seqlen
-    passes = 2 + (2.5 if sizes.hessians else 0)  # teacher, student; partial ones for Hessians
-    passes += sizes.gain_passes
-    validations = options.steps // options.val_every + 2
-    trained = (options.steps * options.batch_size * 3 + validations * validation) * sizes.seqlen
-    trained = trained if options.trains != "none" else 0
-    learned = options.layer_steps * options.batch_size * sizes.seqlen * (sizes.learned_values > 0)
-    trained += learned * 3  # forward and backward, in each layer
-    attention = 4.0 * sizes.layers * sizes.seqlen * sizes.hidden  # per token, both products
-    flops = (2.0 * weights + attention) * (tokens * passes + trained)
-    flops += 2.0 * sizes.vocabulary * sizes.hidden * trained
-    flops += 2.0 * sizes.quantized_weights * sizes.widest_input if sizes.hessians else 0.0
-    # Norms, rotary embeddings, activations, residuals, adapters: so many reads and writes.
-    between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
-    moved = float(between * machine.dtype.itemsize) * (tokens * passes + trained)
-    compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
-    searched = sizes.quantized_weights * (sizes.searches + sizes.alternatives + compared)
-    moved += SEARCH_BYTES * (searched + sizes.outer_packed)
-    moved += ROTATE_BYTES * sizes.parameters if options.rotate else 0
-    seconds = flops / machine.flops + moved / machine.bandwidth
-    basis = (
-        f"{flops / 1e12:.3g} TFLOP at {machine.flops / 1e9:.0f} GFLOP/s and {moved / 1e9:.3g} GB "
-        f"moved at {machine.bandwidth / 1e9:.1f} GB/s, as measured just now ({machine.name}); "
-        "reading not counted"
+def _work(quantized: tuple[LinearPlan, ...], choices: Choices, sizes: _Sizes) -> Work:
+    """What is to be timed."""
+    return Work(
+        linears=Counter(((p.out_features, p.in_features), p.spec) for p in quantized if p.spec),
+        tokens=choices.batch_rows * choices.seqlen,
+        step_tokens=choices.micro_batch * choices.seqlen,
+        tier=choices.student,
+        recompute=choices.recompute,
+        trains_scales=sizes.trains_scales,
     )
-    if sizes.hidden < SMALL:
-        basis += "; matrices as small as this model's can take three times as long"
+
+
+def _estimated(sizes: _Sizes, machine: Machine) -> Pace:
+    """What `machine`'s two rates say of the linears."""
+    token = 2.0 * sizes.quantized_weights / machine.flops
+    quantize = 2.0 * sizes.quantized_weights * sizes.widest_input / machine.flops
+    searched = SEARCH_BYTES * sizes.quantized_weights * sizes.searches / machine.bandwidth
+    return Pace(
+        token=token,
+        student_token=token,
+        step_token=3 * token,
+        hessian_token=1.5 * token * sizes.hessians,
+        quantize=quantize * sizes.hessians + searched,
+        read=None,
+    )
+
+
+def _time(
+    sizes: _Sizes,
+    options: ConvertOptions,
+    machine: Machine,
+    validation: int,
+    rows: int,
+    pace: Pace | None,
+) -> tuple[float, str]:
+    """Seconds of the linears at their pace, and of all else at the machine's rates."""
+    basis = f"a matrix product at {machine.flops / 1e9:.0f} GFLOP/s and an addition at "
+    basis += f"{machine.bandwidth / 1e9:.1f} GB/s ({machine.name})"
+    if pace is not None:
+        basis += ", and these linears, their quantizer and training step, timed just now"
+    else:
+        pace = _estimated(sizes, machine)
+        if sizes.hidden < SMALL:
+            basis += "; matrices as small as this model's can take three times as long"
+    tokens = rows * sizes.seqlen
+    # Linears that stay in 16 bits, attention, and what lies between products: norms, rotary
+    # embeddings, activations, residuals.
+    rest = sizes.layers * sizes.layer_values - sizes.quantized_weights
+    active = 1 - sizes.idle_values / sizes.layer_values  # a token does not see all experts
+    flops = 2.0 * rest + 4.0 * sizes.layers * sizes.seqlen * sizes.hidden
+    between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
+    besides = flops / machine.flops + between * machine.dtype.itemsize / machine.bandwidth
+    passes = 2 + HESSIAN_PASSES * sizes.hessians + sizes.gain_passes  # teacher, student
+    streaming = (
+        tokens * (passes * (active * pace.token + besides) + pace.hessian_token) + pace.quantize
+    )
+    compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
+    searched = sizes.quantized_weights * (sizes.alternatives + compared) + sizes.outer_packed
+    moved = SEARCH_BYTES * searched + (ROTATE_BYTES * sizes.parameters if options.rotate else 0)
+    streaming += moved / machine.bandwidth
+    if sizes.learned_values:
+        streaming += sizes.layers * _learning(sizes, options, machine)
+        learned = options.layer_steps * options.batch_size * sizes.seqlen
+        streaming += learned * 3 * (active * pace.token + besides)  # forward and backward
+    if pace.read is not None:
+        read = sizes.layers * sizes.layer_bytes / pace.read
+        basis += f"; reading at {pace.read / 1e9:.2g} GB/s beside it"
+        streaming = max(streaming, read)
+    else:
+        basis += "; reading not counted"
+    seconds = streaming
+    if options.trains != "none":
+        trained = options.steps * options.batch_size * sizes.seqlen
+        validated = (options.steps // options.val_every + 3) * validation * sizes.seqlen
+        head = 2.0 * sizes.vocabulary * sizes.hidden / machine.flops  # student's, and the teacher's
+        seconds += trained * (active * pace.step_token + 4 * besides + 5 * head)
+        seconds += validated * (active * pace.student_token + besides + 2 * head)
+        updated = UPDATE_BYTES * sizes.trained_values / machine.bandwidth
+        seconds += options.steps * updated
     return seconds, basis
+
+
+def _learning(sizes: _Sizes, options: ConvertOptions, machine: Machine) -> float:
+    """Seconds to round one decoder layer's weights in every update, and to start them."""
+    moved = (options.layer_steps * ROUND_BYTES + SEARCH_BYTES) * sizes.learned_values
+    return moved / machine.bandwidth

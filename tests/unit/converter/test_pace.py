@@ -1,0 +1,83 @@
+"""What the plan's time rests on: kernels timed on pieces of the model's own shapes."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from llama_70b import write_70b
+
+from rilq.converter.layers import StreamedModel
+from rilq.converter.machine import Machine, measure_machine
+from rilq.converter.options import ConvertOptions
+from rilq.converter.pace import Pace, Work, measure_pace
+from rilq.converter.plan import make_plan
+from rilq.formats.spec import QuantSpec
+
+SPEC = QuantSpec(2, 64)
+LLAMA_70B = {((8192, 8192), SPEC): 160, ((1024, 8192), SPEC): 160,
+             ((28672, 8192), SPEC): 160, ((8192, 28672), SPEC): 80}  # fmt: skip
+WORK = Work(LLAMA_70B, tokens=1024, step_tokens=512, tier="packed", recompute=True,
+            trains_scales=True)  # fmt: skip
+GPTQ = ConvertOptions(model="70b", quantizer="gptq", clip="none")
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
+    """The headers of LLaMA-2-70B."""
+    return write_70b(tmp_path_factory.mktemp("70b"))
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    """This one's CPU."""
+    return measure_machine("cpu")
+
+
+def test_70b_is_timed_within_seconds(machine: Machine, streamed: StreamedModel) -> None:
+    begun = time.thread_time()
+    pace = measure_pace(WORK, GPTQ, machine, streamed.checkpoint)
+    assert time.thread_time() - begun < 4
+    # 137 GFLOP for each token: no processor does it in a millisecond, nor needs ten minutes.
+    assert 1e-3 < pace.token < 600
+    assert pace.student_token > pace.token  # it dequantizes, and for fewer tokens at once
+    assert pace.step_token > 2 * pace.student_token
+    assert pace.quantize > 0 and pace.hessian_token > 0
+
+
+def test_twice_the_linears_take_twice_the_time(machine: Machine, streamed: StreamedModel) -> None:
+    shape = ((512, 512), SPEC)
+    one, many = (
+        measure_pace(replace(WORK, linears={shape: n}), GPTQ, machine, streamed.checkpoint)
+        for n in (1, 20)
+    )
+    assert many.token == pytest.approx(20 * one.token, rel=0.7)
+    assert many.quantize == pytest.approx(20 * one.quantize, rel=0.7)
+
+
+def test_a_quantizer_that_is_trained_is_not_timed(
+    machine: Machine, streamed: StreamedModel
+) -> None:
+    options = ConvertOptions(model="70b", quantizer="blockap")
+    work = replace(WORK, linears={((256, 256), SPEC): 1})
+    pace = measure_pace(work, options, machine, streamed.checkpoint)
+    assert pace.quantize == pace.hessian_token == 0
+
+
+def test_nothing_but_the_time_of_a_plan_depends_on_the_pace(
+    machine: Machine, streamed: StreamedModel
+) -> None:
+    asked: list[Work] = []
+
+    def slow(work: Work, *_: object) -> Pace:
+        asked.append(work)
+        return Pace(1.0, 1.0, 3.0, 1.0, 1.0, None)
+
+    machine = replace(machine, host_free=64 * 10**9, dtype=torch.bfloat16)
+    options = replace(GPTQ, nsamples=16, student="offload")
+    plain, timed = (make_plan(streamed, options, machine, measure) for measure in (None, slow))
+    assert sum(asked[0].linears.values()) == 80 * 7 and asked[0].tier == "offload"
+    assert timed.seconds > 1000 * 16  # two seconds and more for each of 16 x 512 tokens
+    same = dict(seconds=plain.seconds, time_basis=plain.time_basis, disks=plain.disks)
+    assert replace(timed, **same) == plain  # but for the disk's free bytes at two moments
+    assert [d.needed for d in timed.disks] == [d.needed for d in plain.disks]
