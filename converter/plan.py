@@ -813,13 +813,10 @@ def _choose(
 
 
 def _filled(choices: Choices, most: int, fits: Callable[[Choices], bool]) -> Choices:
-    """With as many rows through a layer at once, up to `most`, as fit; at least one."""
-    chosen = replace(choices, batch_rows=1)
-    while chosen.batch_rows * 2 <= most:
-        more = replace(chosen, batch_rows=chosen.batch_rows * 2)
-        if not fits(more):
-            break
-        chosen = more
+    """With `most` rows through a layer at once, halved until they fit; at least one."""
+    chosen = replace(choices, batch_rows=max(1, most))
+    while chosen.batch_rows > 1 and not fits(chosen):
+        chosen = replace(chosen, batch_rows=chosen.batch_rows // 2)
     return chosen
 
 
