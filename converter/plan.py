@@ -56,6 +56,7 @@ from rilq.progress import gigabytes
 
 STREAM_TOKENS = 1024  # tokens that run through a layer at once on a CPU: enough for any product
 GPU_TOKENS = 8192  # the most on a GPU, where the memory allows them
+APART_TOKENS = 16384  # likewise where experts come one by one, each again for every batch
 # Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
 SEARCH_BYTES = 100 * 9 * 8
 # A rotated weight is read and written in float64 by some five passes, and converted twice.
@@ -66,7 +67,6 @@ HESSIAN_PASSES = 1.1
 # Adam's passes over what is trained, float32; a rounded weight with its gradients and moments.
 UPDATE_BYTES, ROUND_BYTES = 60, 120
 JOURNAL = 1 << 20  # bytes of the journal, the rows, and small files beside the output
-APART_TIMES = 16  # as many where experts come one by one
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
@@ -813,11 +813,9 @@ def _choose(
             "--avg-bits: the experts of a layer do not fit the memory together, and each would be "
             "tried in it at other bits\n  leave out --avg-bits, or allow more --expert-memory"
         )
-    batch_rows = max(1, STREAM_TOKENS // seqlen)
-    if apart:  # each expert is read again for every batch
-        batch_rows = min(sizes.rows, APART_TIMES * batch_rows)
-    plain = Choices(dtype, str(machine.device), tiers[0], options.micro_batch or batch_rows,
-                    micros[-1], rate, scales_rate, seqlen, experts_apart=apart)  # fmt: skip
+    batch_rows = options.micro_batch or max(1, STREAM_TOKENS // seqlen)
+    plain = Choices(dtype, str(machine.device), tiers[0], batch_rows, micros[-1], rate, scales_rate,
+                    seqlen, experts_apart=apart)  # fmt: skip
     if sizes.experts and options.quantizer in LAYER_QUANTIZERS:
         trains = not apart and sizes.stream_bytes(item, plain) + FIXED <= 0.8 * free
         plain = replace(plain, trains_experts=trains)
@@ -826,26 +824,20 @@ def _choose(
     # is still faster, so the order of `tries` is that of speed.
     fitting = [c for c in tries if sizes.train_bytes(item, c) + FIXED <= 0.8 * free]
     chosen = fitting[0] if fitting else tries[-1]
-    if machine.device_free is not None and options.micro_batch is None:
-        chosen = _filled(chosen, lambda c: sizes.stream_bytes(item, c) + FIXED <= 0.8 * free)
+    if options.micro_batch is None and (apart or machine.device_free is not None):
+        most = min((APART_TOKENS if apart else GPU_TOKENS) // seqlen, sizes.rows)
+        chosen = _filled(chosen, most, lambda c: sizes.stream_bytes(item, c) + FIXED <= 0.8 * free)
     if chosen.student != "dense":  # asked for, or needed, to save memory
         return chosen
     whole = replace(chosen, recompute=False)
     return whole if sizes.train_bytes(item, whole) + FIXED <= 0.4 * free else chosen
 
 
-def _filled(choices: Choices, fits: Callable[[Choices], bool]) -> Choices:
-    """With as many rows through a layer at once, up to `GPU_TOKENS`, as fit; at least one.
-
-    Where experts come one by one, each of them again for every batch, up to more.
-    """
-    most = APART_TIMES * STREAM_TOKENS if choices.experts_apart else GPU_TOKENS
-    chosen = replace(choices, batch_rows=1)
-    while chosen.batch_rows * 2 * choices.seqlen <= most:
-        more = replace(chosen, batch_rows=chosen.batch_rows * 2)
-        if not fits(more):
-            break
-        chosen = more
+def _filled(choices: Choices, most: int, fits: Callable[[Choices], bool]) -> Choices:
+    """With `most` rows through a layer at once, halved until they fit; at least one."""
+    chosen = replace(choices, batch_rows=max(1, most))
+    while chosen.batch_rows > 1 and not fits(chosen):
+        chosen = replace(chosen, batch_rows=chosen.batch_rows // 2)
     return chosen
 
 

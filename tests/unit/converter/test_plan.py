@@ -69,3 +69,7 @@ def test_experts_one_by_one_take_more_rows_and_less_memory(
         same = plan(machine, expert_memory="1kB", **asked, micro_batch=whole.choices.batch_rows)
         given = plan(machine, expert_memory="1GB", **asked, micro_batch=whole.choices.batch_rows)
         assert same.host_bytes < given.host_bytes
+    tight = replace(CPU, host_free=int(apart.host_bytes / 0.8) - (8 << 20))
+    fewer = plan(tight, expert_memory="1kB", **asked)
+    assert fewer.choices.batch_rows < apart.choices.batch_rows
+    assert fewer.host_bytes <= 0.8 * tight.host_free
