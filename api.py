@@ -21,6 +21,7 @@ from rilq.converter.ranks import join
 from rilq.evaluation.evaluate import evaluate_with_passages
 from rilq.evaluation.export import check_planned, export
 from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.identity import pinned
 from rilq.evaluation.perplexity import DEFAULT_TEXT
 from rilq.evaluation.push import PushOptions, open_planned
 from rilq.evaluation.push import push as push_folder
@@ -180,6 +181,12 @@ def evaluate(
         InputError: before any work, for what cannot succeed.
         RilqError: the model computes NaN or infinity, or the work failed.
     """
+    names = [model, *filter(None, [options.get("against")])]
+    wanted = [revision, options.get("against_revision")][: len(names)]
+    # Of a stopped one, also where the loaded model is measured and in the record.
+    revision, *other = pinned(options.get("work"), options.get("resume", "auto"), names, wanted)
+    if other:
+        options["against_revision"] = other[0]
     run = measured_run(model, revision=revision, options={"text": text, **options})
     with recording(database_of(run, db), run, report, Path(gettempdir())) as record:
         found, passages = evaluate_with_passages(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rilq.converter.workdir import WorkDir
+from rilq.converter.workdir import WorkDir, peek
 from rilq.errors import CheckpointError, WorkDirError
 from rilq.evaluation.forward import Subject
 from rilq.formats.lora import ADAPTER_FOLDER
@@ -51,16 +51,23 @@ def identity(number: int, model: str, subject: Subject) -> dict[str, Any]:
 
 
 def pinned(
-    begun: Mapping[str, Any] | None, number: int, model: str, revision: str | None
-) -> str | None:
-    """The commit that a stopped evaluation began with, or else the revision that is asked for.
+    work: Path | None, resume: str, models: Sequence[str], revisions: Sequence[str | None]
+) -> list[str | None]:
+    """The commits that a stopped evaluation began with, or else the revisions that are asked for.
 
     Args:
-        begun: job line of the work folder; None if there is none.
+        work, resume: as of `measure_texts`.
+        models: as they were given, the base last; each with its revision.
     """
+    begun = peek(work) if work is not None and resume != "never" else None
     known = begun["fingerprint"] if begun else {}
-    commit = known.get(f"checkpoint {number} commit")
-    return commit if commit and known.get(f"checkpoint {number}") == model else revision
+    commits = (
+        known.get(f"checkpoint {number} commit")
+        if known.get(f"checkpoint {number}") == model
+        else None
+        for number, model in enumerate(models)
+    )
+    return [commit or given for commit, given in zip(commits, revisions, strict=True)]
 
 
 def signatures(subjects: Sequence[Subject]) -> dict[str, Any]:

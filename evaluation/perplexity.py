@@ -24,7 +24,7 @@ from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
 from rilq.converter.pipeline import versions
-from rilq.converter.workdir import Resume, WorkDir, open_workdir, peek
+from rilq.converter.workdir import Resume, WorkDir, open_workdir
 from rilq.errors import CheckpointError, OptionError
 from rilq.evaluation.divergence import divergence
 from rilq.evaluation.figures import Evaluation, Passages
@@ -134,11 +134,10 @@ def measure_texts(
     """
     names = [*models, *([] if against is None else [against])]
     revisions = [*(revision for _ in models), *([] if against is None else [against_revision])]
-    begun = peek(work) if work is not None and resume != "never" else None
     machine = measure_machine(device)
     subjects = [
-        _open(name, machine, dtype, pinned(begun, number, name, wanted), report)
-        for number, (name, wanted) in enumerate(zip(names, revisions, strict=True))
+        _open(name, machine, dtype, revision, report)
+        for name, revision in zip(names, pinned(work, resume, names, revisions), strict=True)
     ]
     base = subjects[-1] if against is not None else None
     length = _check_together(subjects, seqlen)

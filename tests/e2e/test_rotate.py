@@ -68,8 +68,10 @@ def test_unquantized_output_is_the_source_to_float_precision(
 def test_output_loads_verifies_and_is_what_the_plan_said(
     tmp_path: Path, tied: Path, run_cli: Any, arguments: Any
 ) -> None:
-    words = arguments(tmp_path, "--rotate", "--json", model=tied)
-    plan = json.loads(run_cli("plan", *words[1:]).out)
+    options = ("--rotate", "--json")
+    words = arguments(tmp_path, *options, model=tied)
+    planned = run_cli(*arguments(tmp_path, *options, model=tied, command="plan"))
+    plan = json.loads(planned.out)
     ended = run_cli(*words)
     assert ended.code == 0, ended.err
     out = tmp_path / "out"
