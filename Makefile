@@ -9,14 +9,15 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/demo/demo.py
 
-# A file is one process's own: its tests share what they convert. More processes than four only take
-# memory.
+# Tests run in several processes; more than four only take memory.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+# A file is one process's own: its tests share what they convert.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not slow_runtime" \
-		--numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) --dist loadfile -m "not slow and not slow_runtime"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Each runtime gets an environment of its own in ~/.cache/rilq-benchmarks, or $$RILQ_ENVS.
 test-runtimes: $(READY)
