@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from accelerate import PartialState
 from typer.testing import CliRunner
 
 from rilq import cli
@@ -170,6 +171,7 @@ def together(start_child: Any) -> Callable[..., list[Any]]:
                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             sys.argv = ["rilq", *arguments]
+            PartialState._reset_state()  # what an earlier test left in the process forked here
             session.ALIKE = 0.0  # there is no launcher to wait for
             if index == 0 and at is not None:
                 _kill_at(*at)
