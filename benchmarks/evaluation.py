@@ -32,7 +32,7 @@ import rilq
 from rilq.calib.dataset import evaluation_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import load_tokenizer
-from rilq.evaluation.perplexity import evaluate
+from rilq.evaluation.perplexity import measure_texts
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.source import LocalFolder
 
@@ -112,7 +112,9 @@ def compare(
 
 def streamed(path: Path, text: Path, against: str | None) -> float:
     """All of it: opening, tokens, files, scores."""
-    return evaluate(str(path), str(text), seqlen=SEQLEN, against=against, device="cpu").perplexity
+    options = {"seqlen": SEQLEN, "against": against, "device": "cpu"}
+    ((found, _),) = measure_texts([str(path)], str(text), **options)
+    return found.perplexity
 
 
 @torch.no_grad()

@@ -49,10 +49,12 @@ def measure_once(
     if (kept := _read(place, asked)) is not None:
         report.note(f"{place}: figures of an earlier push are used")
         return kept
-    from rilq.evaluation.perplexity import evaluate  # slow, and not needed to read what is kept
+    from rilq.evaluation.perplexity import (
+        measure_texts,
+    )  # slow, and not needed to read what is kept
 
-    figures = evaluate(
-        str(folder),
+    ((figures, _),) = measure_texts(
+        [str(folder)],
         text,
         seqlen=seqlen,
         against=base,

@@ -53,39 +53,6 @@ DEFAULT_TEXT = "wikitext2"  # the field's test text, in its standard windows
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def evaluate(
-    model: str,
-    text: str,
-    *,
-    seqlen: int | None = None,
-    against: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    work: Path | None = None,
-    resume: str = "auto",
-    revision: str | None = None,
-    against_revision: str | None = None,
-    text_key: str = "text",
-    report: Reporter = SilentReporter(),  # noqa: B008 - stateless
-) -> Evaluation:
-    """Measure one checkpoint, dense or converted, on a text; see `measure_texts`."""
-    ((figures, _),) = measure_texts(
-        [model],
-        text,
-        seqlen=seqlen,
-        against=against,
-        device=device,
-        dtype=dtype,
-        work=work,
-        resume=resume,
-        revision=revision,
-        against_revision=against_revision,
-        text_key=text_key,
-        report=report,
-    )
-    return figures
-
-
 def measure_texts(
     models: Sequence[str],
     text: str,

@@ -27,7 +27,7 @@ from rilq.evaluation import forward, lockstep
 from rilq.evaluation.divergence import divergence
 from rilq.evaluation.figures import Evaluation, Passages
 from rilq.evaluation.lora import find_adapter
-from rilq.evaluation.perplexity import evaluate, measure_texts
+from rilq.evaluation.perplexity import measure_texts
 from rilq.evaluation.scores import Scores
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
@@ -129,7 +129,9 @@ def perplexity_of(logits: Tensor, rows: Tensor) -> float:
 
 
 def run(model: Path, text: Path, **options: Any) -> Evaluation:
-    return evaluate(str(model), str(text), **{"seqlen": SEQLEN, "device": "cpu", **options})
+    chosen = {"seqlen": SEQLEN, "device": "cpu", **options}
+    ((figures, _),) = measure_texts([str(model)], str(text), **chosen)
+    return figures
 
 
 def measure(
