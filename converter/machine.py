@@ -159,6 +159,10 @@ def memory_errors_explained(
         ) from err
 
 
+# Bytes from which a block is large: as far as glibc raises it by itself.
+_large = 32 << 20
+
+
 @contextmanager
 def large_blocks_returned(least: int = 1 << 20) -> Iterator[None]:
     """Inside, glibc takes large blocks from the system, and gives them back when freed.
@@ -169,12 +173,15 @@ def large_blocks_returned(least: int = 1 << 20) -> Iterator[None]:
     Args:
         least: bytes of a block that is large.
     """
+    global _large
+    before, _large = _large, least
     _return_blocks_from(least)
     return_free_memory()
     try:
         yield
     finally:
-        _return_blocks_from(32 << 20)  # as far as glibc raises it by itself
+        _large = before
+        _return_blocks_from(before)
 
 
 def return_free_memory() -> None:

@@ -32,7 +32,12 @@ from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
-from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
+from rilq.converter.machine import (
+    Machine,
+    large_blocks_returned,
+    measure_machine,
+    memory_errors_explained,
+)
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.pace import measure_pace
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
@@ -465,6 +470,7 @@ class _Conversion:
             recompute=self.choices.recompute,
         )
 
+    @large_blocks_returned()
     def _train(
         self,
         stream: StreamingPass,

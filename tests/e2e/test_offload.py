@@ -74,6 +74,7 @@ from transformers import AutoConfig
 from safetensors.torch import load_file
 from rilq.converter import student as module
 from rilq.converter.adapters import AdapterSpec
+from rilq.converter.machine import large_blocks_returned
 from rilq.converter.offload import in_host_memory
 from rilq.formats.native import RilqConfig
 torch.set_num_threads(1)
@@ -93,13 +94,14 @@ def watch():
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
-student = module.Student(
-    AutoConfig.from_pretrained(folder), RilqConfig(8, 64), read_layer=read_layers(folder),
-    outer=load_file(folder / "outer.safetensors"), train="adapters",
-    adapters=AdapterSpec("pooled", 1, 1.0, seed=0), tier="offload", dtype=torch.float32,
-    device=torch.device("cpu"),
-)
-student.states(torch.zeros(1, 8, dtype=torch.int64))[1].sum().backward()
+with large_blocks_returned():  # as the training does
+    student = module.Student(
+        AutoConfig.from_pretrained(folder), RilqConfig(8, 64), read_layer=read_layers(folder),
+        outer=load_file(folder / "outer.safetensors"), train="adapters",
+        adapters=AdapterSpec("pooled", 1, 1.0, seed=0), tier="offload", dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    student.states(torch.zeros(1, 8, dtype=torch.int64))[1].sum().backward()
 done.set()
 print(highest - before)
 """
