@@ -148,12 +148,20 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
+    if ranks.several and options.resq is not None:
+        raise OptionError(
+            f"--method {options.method}: not with {ranks.count} processes yet\n"
+            "  convert in one process"
+        )
     if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
         raise OptionError(
             f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
             "cannot share yet\n  convert it in one process"
         )
-    plan = make_plan(streamed, options, machine, measure_pace)
+    if options.resq is None:
+        plan = make_plan(streamed, options, machine, measure_pace)
+    else:
+        plan = resq_plan(streamed, options, machine)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
     return Job(options, checkpoint, streamed, plan, ranks)
@@ -269,6 +277,7 @@ class _Conversion:
     def __init__(self, job: Job, work: WorkDir, report: Reporter) -> None:
         self.job, self.work, self.report, self.ranks = job, work, report, job.ranks
         self.options, self.streamed, self.plan = job.options, job.streamed, job.plan
+        self.checkpoint = job.checkpoint
         self.bits: dict[str, int] = {}  # of linears that get more than the base's
         saved = {k: v for k, v in work.job["choices"].items() if k not in ("files", "processes")}
         self.choices = Choices(**saved)
@@ -300,17 +309,14 @@ class _Conversion:
             )
         _record_source(self.job.checkpoint.source, self.work)
         validation = max(1, round(len(tokens) * self.options.val_ratio))
+        quantizer = self._quantizer(tokens)
         stream = StreamingPass(
-            self.job.checkpoint,
+            self.checkpoint,
             self.streamed,
             tokens,
             self.work,
             StreamOptions(
-                build_quantizer(
-                    self.options.quantizer,
-                    clip=self.options.clip,
-                    layer_steps=self.options.layer_steps,
-                ),
+                quantizer,
                 self.options.spec_for,
                 self.choices.batch_rows,
                 train_rows=len(tokens) - validation,
@@ -348,15 +354,8 @@ class _Conversion:
             quality["bits"] = self._choose_bits()
             self.bits = quality["bits"]["chosen"]
             self.plan = self.plan.with_bits(self.bits)
-        recipe = {
-            **self.options.recorded(),
-            "train": self.options.trains,
-            "learning_rate": self.choices.learning_rate,
-            "scales_learning_rate": self.choices.scales_learning_rate,
-        }
-        if self.plan.experts:  # as the memory allowed
-            recipe["trains_experts"] = self.choices.trains_experts
-        quantization = self.plan.quantization(recipe, self.options.bits, self.options.group_size)
+        recipe = self._recipe()
+        quantization = self._quantization(recipe)
         trained: dict[str, Tensor] = {}
         if training:
             if not (ready := self.work.stage("trained")):
@@ -370,6 +369,45 @@ class _Conversion:
         if self.ranks.first:
             self._write(trained, quantization, data, quality, recipe, fingerprint)
         return quality
+
+    def _quantizer(self, tokens: Tensor) -> Quantizer | LayerQuantizer | LayerMethod:
+        """What quantizes the layers; of ResQ, they are then those of a rotated checkpoint."""
+        o = self.options
+        if o.resq is None:
+            return build_quantizer(o.quantizer, clip=o.clip, layer_steps=o.layer_steps)
+        base = make_base(
+            self.checkpoint,
+            self.streamed,
+            tokens,
+            self.work,
+            o.resq,
+            seed=o.seed,
+            rows=RowsAtOnce(self.choices.batch_rows, self.choices.micro_batch),
+            report=self.report,
+        )
+        self.checkpoint, self.streamed = base.checkpoint, base.streamed
+        return base.layers
+
+    def _recipe(self) -> dict[str, Any]:
+        """What was asked for, and what was chosen, for `rilq.json`."""
+        recipe = self.options.recorded()
+        if self.options.resq is not None:
+            return recipe
+        recipe |= {
+            "train": self.options.trains,
+            "learning_rate": self.choices.learning_rate,
+            "scales_learning_rate": self.choices.scales_learning_rate,
+        }
+        if self.plan.experts:  # as the memory allowed
+            recipe["trains_experts"] = self.choices.trains_experts
+        return recipe
+
+    def _quantization(self, recipe: Mapping[str, Any]) -> RilqConfig | ResqConfig:
+        if self.options.resq is not None:
+            return resq_config(
+                self.options.resq, self.streamed.config.intermediate_size, recipe
+            )
+        return self.plan.quantization(recipe, self.options.bits, self.options.group_size)
 
     def _choose_bits(self) -> dict[str, Any]:
         """Which linears get more bits, once and for all; facts for `rilq.json`."""
@@ -456,7 +494,7 @@ class _Conversion:
         """Whether what is trained goes into the base; a plain LoRA stays beside it."""
         return self.adapter_spec is None or self.adapter_spec.kind == "pooled"
 
-    def _student(self, parts: QuantizedParts, quantization: RilqConfig, *, train: Train) -> Student:
+    def _student(self, parts: QuantizedParts, quantization: RilqConfig | ResqConfig, *, train: Train) -> Student:
         return Student(
             self.streamed.config,
             quantization,
@@ -476,7 +514,7 @@ class _Conversion:
         stream: StreamingPass,
         tokens: Tensor,
         validation: int,
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         rows: RowsAtOnce,
     ) -> None:
         """Train, keep the best values, and measure what merging them changes."""
@@ -582,7 +620,7 @@ class _Conversion:
     def _kept_figures(
         self,
         best: Mapping[str, Tensor],
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         measured: Callable[[Student], tuple[tuple[float, float], float]],
     ) -> dict[str, Any]:
         """The integer base as it will be stored, with its adapter beside it and alone."""
@@ -627,7 +665,7 @@ class _Conversion:
     def _write(
         self,
         trained: dict[str, Tensor],
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         data: dict[str, Any],
         quality: dict[str, Any],
         recipe: dict[str, Any],
@@ -652,13 +690,14 @@ class _Conversion:
             **self._processes(),
             "bits_per_weight": self.plan.bits_per_weight,
             "bits_per_parameter": self.plan.bits_per_parameter,
+            **self._average_bits(),
             "kept_in_16_bits": dict(self.job.plan.kept),
             "calibration": data,
             "quality": quality,
         }
         write_output(
             parts,
-            self.job.checkpoint,
+            self.checkpoint,
             self.work.own(),
             output=self.options.output,
             quantization=quantization,
@@ -668,6 +707,12 @@ class _Conversion:
             integer_base=integer_base,
             report=self.report,
         )
+
+    def _average_bits(self) -> dict[str, Any]:
+        """Of ResQ, whose activations and cache are quantized too: of each, by name."""
+        if self.options.resq is None:
+            return {}
+        return {"average_bits": average_part_bits(self.options.resq, self.streamed.config)}
 
     def _processes(self) -> dict[str, Any]:
         """Of a job of several processes, how many began it, and ended it if they were others."""

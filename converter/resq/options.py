@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 METHODS = ("resq", "quarot", "quik", "rtn-w4a4")
 ROTATIONS = "ABCD"  # U_A residual stream, U_B values, U_C keys, U_D the input of down_proj
 NO_ROTATION = "none"
-BITS = range(2, 9)
+BITS = (2, 3, 4, 6, 8)
 
 # What differs from the defaults of `ConvertOptions`, over which options that are given go.
 DEFAULTS: dict[str, dict[str, Any]] = {
     name: {"quantizer": "rtn" if name == "rtn-w4a4" else "gptq", "rank": 0} for name in METHODS
 }
 _PARTED = ("resq", "quik")  # those with a high part
-_ROTATED = ("resq", "quarot")
+_ROTATED = ("resq", "quarot")  # those whose rotations can be chosen
+_ROTATIONS = {"resq": ROTATIONS, "quarot": ROTATIONS, "quik": "ABC", "rtn-w4a4": NO_ROTATION}
 # Options of RILQ's conversion that say something here as well; of the others none may be given.
 _SHARED = {
     "model", "revision", "method", "quantizer", "dataset", "text_key", "rows", "nsamples",
@@ -51,7 +52,7 @@ class ResqOptions:
             one. 0 for one part.
         high_bits, low_bits: of the two parts; of one part, `low_bits`.
         lowest_bits: of the channels of least variance; None for two parts.
-        rotations: which of `ROTATIONS` are applied, in order.
+        rotations: which of `ROTATIONS` are applied, in order; of quik these are permutations.
     """
 
     method: str
@@ -67,7 +68,7 @@ class ResqOptions:
         """Those of a conversion by another method than RILQ's, defaults filled in."""
         o, parted = options, options.method in _PARTED
         low = 4 if o.low_bits is None else o.low_bits
-        rotations = (o.rotations or ROTATIONS) if o.method in _ROTATED else NO_ROTATION
+        rotations = o.rotations or _ROTATIONS[o.method]
         return cls(
             method=o.method,
             quantizer=o.quantizer,
@@ -77,6 +78,16 @@ class ResqOptions:
             lowest_bits=o.lowest_bits if parted else None,
             rotations="" if rotations == NO_ROTATION else rotations,
         )
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Bits of the parts of a vector, and their shares of its channels."""
+        share = self.high_fraction
+        if not share:
+            return (self.low_bits,), (1.0,)
+        if self.lowest_bits is None:
+            return (self.low_bits, self.high_bits), (1 - share, share)
+        return (self.lowest_bits, self.low_bits, self.high_bits), (share, 1 - 2 * share, share)
 
     @property
     def suffix(self) -> str:
@@ -154,12 +165,15 @@ def _bit_problems(o: ConvertOptions) -> list[str]:
     levels = {"--lowest-bits": chosen.lowest_bits, "--low-bits": chosen.low_bits}
     if o.method in _PARTED:
         levels["--high-bits"] = chosen.high_bits
-        if not 0 < chosen.high_fraction <= 0.5:
-            found.append(f"--high-fraction {chosen.high_fraction}: expected above 0, at most 0.5")
+        most = 0.5 if chosen.lowest_bits is None else 0.25
+        if not 0 < chosen.high_fraction <= most:
+            found.append(
+                f"--high-fraction {chosen.high_fraction}: expected above 0, at most {most}"
+            )
     asked = {name: bits for name, bits in levels.items() if bits is not None}
     wrong = [f"{name} {bits}" for name, bits in asked.items() if bits not in BITS]
     if wrong:
-        found.append(f"{', '.join(wrong)}: expected {BITS[0]} to {BITS[-1]}")
+        found.append(f"{', '.join(wrong)}: expected one of {', '.join(map(str, BITS))}")
     if sorted(asked.values()) != list(asked.values()) or len({*asked.values()}) < len(asked):
         shown = ", ".join(f"{name} {bits}" for name, bits in asked.items())
         found.append(f"{shown}: expected more bits for channels of more variance, in this order")
