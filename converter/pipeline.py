@@ -30,6 +30,7 @@ from rilq.converter.experts import expert_quality
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
+from rilq.converter.layer_method import LayerMethod
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import (
@@ -41,8 +42,10 @@ from rilq.converter.machine import (
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.pace import measure_pace
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
-from rilq.converter.quantizers import build_quantizer
+from rilq.converter.quantizers import LayerQuantizer, Quantizer, build_quantizer
 from rilq.converter.ranks import ALONE, Ranks
+from rilq.converter.resq.base import make_base, resq_config
+from rilq.converter.resq.plan import resq_plan
 from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
 from rilq.converter.shared_workdir import SharedWorkDir
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
@@ -65,6 +68,7 @@ from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
+from rilq.formats.resq.config import ResqConfig
 from rilq.formats.shard import listing
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.source import Source
@@ -709,10 +713,10 @@ class _Conversion:
         )
 
     def _average_bits(self) -> dict[str, Any]:
-        """Of ResQ, whose activations and cache are quantized too: of each, by name."""
-        if self.options.resq is None:
+        """Of a method that quantizes activations and the cache too: of each, by name."""
+        if self.plan.average_bits is None:
             return {}
-        return {"average_bits": average_part_bits(self.options.resq, self.streamed.config)}
+        return {"average_bits": asdict(self.plan.average_bits)}
 
     def _processes(self) -> dict[str, Any]:
         """Of a job of several processes, how many began it, and ended it if they were others."""

@@ -25,6 +25,7 @@ from rilq.converter.resq.covariances import CovariancePass
 from rilq.converter.resq.layer import ResqLayers
 from rilq.converter.resq.options import ResqOptions
 from rilq.converter.resq.rotated import ResqCheckpoint, resq_sizes
+from rilq.converter.resq.sizes import quantization
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.resq.config import ResqConfig
@@ -73,16 +74,9 @@ def resq_config(
     Args:
         intermediate: width of the input of down_proj.
     """
-    bits, fractions = options.parts
-    return ResqConfig(
-        bits,
-        fractions,
-        down_bits=(options.low_bits,),
-        down_fractions=(1.0,),
-        rotations=options.rotations,
-        hadamard=tuple(map(len, _factors(options, intermediate))),
-        recipe=recipe,
-    )
+    config = quantization(options, tuple(map(len, _factors(options, intermediate))))
+    config.recipe = dict(recipe or {})
+    return config
 
 
 def _factors(options: ResqOptions, intermediate: int) -> tuple[Tensor, ...]:
