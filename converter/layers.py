@@ -27,8 +27,8 @@ from rilq.converter.experts import LayerTensors, fetched_when_run, names_at_once
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import Experts
-from rilq.formats.native import native_config
 from rilq.formats.packed_linear import RilqLinear
+from rilq.formats.quantized import quantization_of
 from rilq.formats.shard import listing
 from rilq.formats.spec import QuantSpec
 
@@ -50,7 +50,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = checkpoint
-        self.quantization = native_config(checkpoint)
+        self.quantization = quantization_of(checkpoint)
         self.config = load_config(checkpoint)
         self.dtype, self.device = dtype, device
         self.model = build_skeleton(self.config, dtype, self.quantization)
