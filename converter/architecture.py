@@ -17,7 +17,9 @@ from rilq.converter.machine import large_blocks_returned
 from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line, printable
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import separate_experts
-from rilq.formats.native import RilqConfig, native_config, replace_modules
+from rilq.formats.native import RilqConfig
+from rilq.formats.quantized import apply_quantization, quantization_of
+from rilq.formats.resq.config import ResqConfig
 
 # model_type of every architecture whose streamed states were tested against transformers in memory.
 SUPPORTED = {
@@ -119,7 +121,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if the checkpoint is quantized, by us or by anybody."""
-    if native_config(checkpoint) is not None:
+    if quantization_of(checkpoint) is not None:
         raise CheckpointError(
             f"{checkpoint.source.label}/config.json: quantization_config: already converted by "
             "rilq\n  give the original 16-bit checkpoint"
@@ -136,7 +138,9 @@ def tied_head_differs(label: str, name: str) -> CheckpointError:
 
 
 def build_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, quantization: RilqConfig | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    quantization: RilqConfig | ResqConfig | None = None,
 ) -> nn.Module:
     """transformers' causal language model on the meta device, its buffers real, in eval mode.
 
@@ -164,7 +168,7 @@ def build_skeleton(
     _widen(model, dtype)
     if quantization is not None:
         try:
-            replace_modules(model, quantization)
+            apply_quantization(model, quantization)
         except ValueError as err:
             raise CheckpointError(f"config.json: quantization_config: {err}") from err
     model.requires_grad_(False)

@@ -8,6 +8,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from rilq.formats.resq.hadamard import kronecker_apply
+
 WIDEST_POWER = 6  # 2^6: wider powers of two are split, which costs less arithmetic
 
 
@@ -32,10 +34,7 @@ class Rotation:
         Returns:
             `[..., size]`, float64.
         """
-        turned = (rows * self.signs).reshape(-1, *(len(factor) for factor in self.factors))
-        for factor in self.factors:  # each takes the axis after the rows, and puts it last
-            turned = torch.tensordot(turned, factor, dims=([1], [0]))
-        return turned.reshape(rows.shape)
+        return kronecker_apply(rows * self.signs, self.factors)
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Rotation:

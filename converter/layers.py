@@ -28,8 +28,10 @@ from rilq.converter.experts import LayerTensors, fetched_when_run, names_at_once
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import Experts
-from rilq.formats.native import RilqConfig, native_config
+from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import RilqLinear
+from rilq.formats.quantized import quantization_of
+from rilq.formats.resq.config import ResqConfig
 from rilq.formats.shard import listing
 from rilq.formats.spec import QuantSpec
 
@@ -51,7 +53,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint = checkpoint
-        self.quantization = native_config(checkpoint)
+        self.quantization = quantization_of(checkpoint)
         self.config = load_config(checkpoint)
         self.dtype, self.device = dtype, device
         self.model = build_skeleton(self.config, dtype, self.quantization)
@@ -61,7 +63,7 @@ class StreamedModel:
         self.experts_apart = False
         self._check_tensors()
 
-    def over(self, quantization: RilqConfig) -> StreamedModel:
+    def over(self, quantization: RilqConfig | ResqConfig) -> StreamedModel:
         """The same model over quantized linears, in modules of its own, none loaded.
 
         It shares what `prepare` has recorded by now.

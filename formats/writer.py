@@ -20,7 +20,6 @@ import torch
 from rilq.errors import CheckpointError, OptionError, OutputError
 from rilq.formats.durable import atomic_file, current_umask, sync_folder, write_bytes
 from rilq.formats.index import INDEX
-from rilq.formats.native import RilqConfig
 
 _UNITS = {"B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -94,7 +93,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 def write_config(
     folder: Path,
     source_config: Mapping[str, Any],
-    quantization: RilqConfig | Mapping[str, Any] | None,
+    quantization: QuantizationConfigMixin | Mapping[str, Any] | None,
     dtype: torch.dtype,
 ) -> None:
     """Durably write `config.json`: the source's, with our dtype and quantization.
@@ -116,7 +115,8 @@ def write_config(
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     if quantization is not None:
-        entries = quantization.to_dict() if isinstance(quantization, RilqConfig) else quantization
+        ours = isinstance(quantization, QuantizationConfigMixin)
+        entries = quantization.to_dict() if ours else quantization
         config["quantization_config"] = dict(sorted(entries.items()))
     _write_json(folder / "config.json", config)
 

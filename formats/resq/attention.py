@@ -8,6 +8,7 @@ or without a cache; the function `rilq_resq` rotates the queries likewise and ca
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ class KeyRotation(KeptBuffers):
 
     def __init__(self, head_dim: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(head_dim, head_dim, device=device))
+        # Not transformers' default dtype, which is the model's while it is built.
+        matrix = torch.empty(head_dim, head_dim, dtype=torch.float32, device=device)
+        self.register_buffer("weight", matrix)
 
     def forward(self, states: Tensor) -> Tensor:
         """`[..., head_dim]` to the same."""
@@ -45,31 +48,42 @@ class KeyRotation(KeptBuffers):
 
 
 class KeyValueQuantizer:
-    """What an attention module calls as its cache: rotates, quantizes, and keeps if there is one.
+    """How an attention module quantizes keys and values.
 
-    Args:
-        attention: the module; with `key_rotation`, or without.
+    Attributes:
         parts: of a head's key and value.
+        quantizes: False leaves them as they are, where there is no cache.
     """
 
-    def __init__(self, attention: nn.Module, parts: Parts) -> None:
-        self._rotation: nn.Module | None = getattr(attention, "key_rotation", None)
-        self.parts = parts
-        self.quantizes = True
-        self.cache: ResqCache | None = None
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.quantizes = parts, True
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What an attention module calls as its cache: rotates, quantizes, and keeps if there is one.
+
+    Attributes:
+        rotation: U_C of the layer, or None.
+        cache: of the model, or None.
+    """
+
+    quantizer: KeyValueQuantizer
+    rotation: KeyRotation | None
+    cache: ResqCache | None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Keys and values `[batch, heads, tokens, head_dim]` to what attention reads."""
-        if self._rotation is not None:
-            key_states = self._rotation(key_states)
+        if self.rotation is not None:
+            key_states = self.rotation(key_states)
         if self.cache is not None:
-            return self.cache.update(key_states, value_states, layer_idx)
-        if not self.quantizes:
+            return self.cache.update(key_states, value_states, layer_idx)  # type: ignore[no-any-return]
+        if not self.quantizer.quantizes:
             return key_states, value_states
         keys, values = (
-            quantize_dequantize(states, self.parts, scale_dtype=STATE_DTYPE)
+            quantize_dequantize(states, self.quantizer.parts, scale_dtype=STATE_DTYPE)
             for states in (key_states, value_states)
         )
         return keys, values
@@ -78,20 +92,20 @@ class KeyValueQuantizer:
 def quantize_attention(attention: nn.Module, parts: Parts) -> None:
     """Let an attention module quantize its keys and values, and use `rilq_resq`."""
     register_attention()
-    attention.key_values = KeyValueQuantizer(attention, parts)  # type: ignore[assignment]
-    attention.register_forward_pre_hook(_pass_quantizer, with_kwargs=True)
+    attention.key_values = KeyValueQuantizer(parts)  # type: ignore[assignment]
+    attention.register_forward_pre_hook(_pass_update, with_kwargs=True)
     attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr]
 
 
-def _pass_quantizer(
+def _pass_update(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     quantizer, cache = attention.key_values, kwargs.get("past_key_values")
     assert isinstance(quantizer, KeyValueQuantizer), "quantize_attention was called"
     if cache is not None and not isinstance(cache, ResqCache):
         raise foreign_cache(cache)
-    quantizer.cache = cache
-    return args, {**kwargs, "past_key_values": quantizer}
+    update = _Update(quantizer, getattr(attention, "key_rotation", None), cache)
+    return args, {**kwargs, "past_key_values": update}
 
 
 def resq_attention(

@@ -61,7 +61,8 @@ class QuantizedInputLinear(KeptBuffers, nn.Linear):
         self.register_parameter("bias", None if own is None else nn.Parameter(own, False))
         names = tuple(f"hadamard_{number}" for number in range(len(hadamard)))
         for name, order in zip(names, hadamard, strict=True):
-            self.register_buffer(name, torch.empty(order, order, device=device))
+            matrix = torch.empty(order, order, dtype=torch.float32, device=device)
+            self.register_buffer(name, matrix)
         self.kept_buffers = (*self.kept_buffers, *names)
 
     def _allocate(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -120,8 +121,9 @@ class ResqLinear(QuantizedInputLinear):
     def _allocate(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         shape = (self.out_features, sum(words_of(self.parts, self.heads)))
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.int32, device=device), False)
-        scale = torch.empty(self.out_features, len(self.parts.bits), device=device)
-        self.register_buffer("weight_scale", scale.to(torch.float16))
+        scales = (self.out_features, len(self.parts.bits))
+        scale = torch.empty(scales, dtype=torch.float16, device=device)
+        self.register_buffer("weight_scale", scale)
 
     def codes(self) -> Tensor:
         """The weight's codes `[out_features, in_features]` int8."""
