@@ -21,14 +21,15 @@ from rilq.formats.resq.linear import ResqLinear
 from rilq.formats.resq.weight import resq_tensors
 from rilq.progress import Reporter
 
+KEY_ROTATION, TRANSFORMED = "self_attn.key_rotation.weight", "mlp.down_proj"
+
 # Linears that read the same input, in the order in which they run.
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
+    (TRANSFORMED,),
 )
-KEY_ROTATION = "self_attn.key_rotation.weight"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class ResqLayers(LayerMethod):
         if self.key_rotations is not None:
             rotation = self.key_rotations[index].to(torch.float32)
             saved[f"{prefix}{KEY_ROTATION}"] = rotation.contiguous()
+        for number, factor in enumerate(self.factors):  # before it is run to see its inputs
+            saved[f"{prefix}{TRANSFORMED}.hadamard_{number}"] = factor.to(torch.float32)
         with student.loaded(index, saved):
             for group in GROUPS:
                 names = [prefix + name for name in group]
@@ -87,7 +90,10 @@ class ResqLayers(LayerMethod):
         self, index: int, saved: Mapping[str, Tensor]
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """See `LayerMethod`."""
-        with self._student.loaded(index, saved):
+        with self._student.loaded(index, saved) as layer:
+            # torch computes with tensors of the meta device in places, and gives anything.
+            empty = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
+            assert not empty, f"decoder layer {index}: nothing was saved of {empty}"
             yield partial(self._student.run, index)
 
     def _quantize_group(
@@ -113,7 +119,7 @@ class ResqLayers(LayerMethod):
                     quantized = gptq_parts(weight, module.parts, prepared, heads=module.heads)
             except RilqError as err:
                 raise type(err)(f"{name}: {err}") from err
-            yield name, resq_tensors(name, quantized, factors)
+            yield name, resq_tensors(name, quantized)
 
     def _hessian(self, layer: LayerToQuantize, linear: ResqLinear) -> Tensor:
         """Of a linear's inputs as they are quantized, after the transform of `down_proj`."""
