@@ -10,7 +10,6 @@ other name it would warn and go on with random weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -31,7 +30,14 @@ from rilq.formats.packed_embedding import (
 from rilq.formats.packed_linear import PackedModule, RilqLinear, packed_linear
 from rilq.formats.packing import pack, unpack
 from rilq.formats.shard_writer import TensorLayout
-from rilq.formats.spec import BITS, GROUP_SIZES, OUTER_BITS, QuantizedLinear, QuantSpec
+from rilq.formats.spec import (
+    BITS,
+    GROUP_SIZES,
+    OUTER_BITS,
+    QuantizedLinear,
+    QuantSpec,
+    names_module,
+)
 
 __all__ = [
     "EXPERTS_FORMAT_VERSION",
@@ -133,7 +139,7 @@ class RilqConfig(QuantizationConfigMixin):
 
     def linear_spec(self, module_name: str) -> QuantSpec | None:
         """How the linear with this full module name is quantized; None if it is not."""
-        if any(_names(pattern, module_name) for pattern in self.modules_to_not_convert):
+        if any(names_module(pattern, module_name) for pattern in self.modules_to_not_convert):
             return None
         return QuantSpec(self.bits_for.get(module_name, self.bits), self.group_size)
 
@@ -146,15 +152,6 @@ class RilqConfig(QuantizationConfigMixin):
     def head_spec(self) -> QuantSpec | None:
         """How the output head is quantized; None if it is not."""
         return QuantSpec(self.head_bits, self.group_size) if self.head_bits < 16 else None
-
-
-def _names(pattern: str, module_name: str) -> bool:
-    """Whether `pattern` is the module, its last parts, a parent of it, or a glob that fits."""
-    return (
-        f".{module_name}".endswith(f".{pattern}")
-        or module_name.startswith(f"{pattern}.")
-        or fnmatchcase(module_name, pattern)
-    )
 
 
 def native_config(checkpoint: Checkpoint) -> RilqConfig | None:

@@ -99,7 +99,7 @@ class TiedRilqLinear(RilqLinear):
     loads. Scale and zero-point are asked of the embedding, so they cannot come apart.
     """
 
-    _KEPT = ()
+    kept_buffers = ()
 
     def __init__(
         self, embedding: RilqEmbedding, *, bias: bool = False, dtype: torch.dtype | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,25 @@ def packed_linear(
     return result
 
 
-class PackedModule(nn.Module):
+class KeptBuffers(nn.Module):
+    """A module with buffers whose dtype stays what it is, whatever the module is cast to."""
+
+    kept_buffers: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptBuffers:
+        """Move like any module, but keep the dtype of some buffers."""
+        kept = {name: self._buffers.pop(name) for name in self.kept_buffers}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, old in kept.items():
+                moved = fn(old)  # type: ignore[arg-type]
+                kept[name] = moved if moved.dtype == old.dtype else old.to(moved.device)  # type: ignore[union-attr]
+        finally:
+            self._buffers.update(kept)
+        return self
+
+
+class PackedModule(KeptBuffers):
     """A module whose weight is packed codes, with a scale and a zero-point for each group.
 
     Scale and zero-point are buffers and stay float16 whatever the module is cast to: bfloat16 has
@@ -101,7 +119,7 @@ class PackedModule(nn.Module):
         weight_scale, zero_point: `[rows, width / group_size]` float16.
     """
 
-    _KEPT: ClassVar[tuple[str, ...]] = ("weight_scale", "zero_point")
+    kept_buffers = ("weight_scale", "zero_point")
 
     weight: Tensor
     weight_scale: Tensor
@@ -124,7 +142,7 @@ class PackedModule(nn.Module):
         self.bits, self.group_size = spec.bits, spec.group_size
         words, groups = (rows, width * spec.bits // 32), (rows, width // spec.group_size)
         self.weight = nn.Parameter(torch.empty(words, dtype=torch.int32, device=device), False)
-        for name in self._KEPT:
+        for name in self.kept_buffers:
             self.register_buffer(name, torch.empty(groups, dtype=torch.float16, device=device))
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
@@ -143,18 +161,6 @@ class PackedModule(nn.Module):
 
     def reset_parameters(self) -> None:
         """Nothing: codes are loaded, never drawn."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Move like any module, but keep the dtype of scale and zero-point."""
-        kept = {name: self._buffers.pop(name) for name in self._KEPT}
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, old in kept.items():
-                moved = fn(old)  # type: ignore[arg-type]
-                kept[name] = moved if moved.dtype == old.dtype else old.to(moved.device)  # type: ignore[union-attr]
-        finally:
-            self._buffers.update(kept)
-        return self
 
     def extra_repr(self) -> str:
         """As the dense module shows itself, with bits and group size."""

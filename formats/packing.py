@@ -171,6 +171,12 @@ def stored_codes(stored: Tensor, bits: int) -> Tensor:
     return unpack(stored, bits, stored.shape[1] * WORD // bits)
 
 
+def whole_width(width: int, bits: int) -> int:
+    """The least number of codes, `width` or more, that fills whole words without a rest."""
+    codes_per_period = _period(bits)[0]
+    return -(-width // codes_per_period) * codes_per_period
+
+
 def _period(bits: int) -> tuple[int, int]:
     """The fewest codes that fill whole words, and how many words those are."""
     length = math.lcm(bits, WORD)

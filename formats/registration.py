@@ -14,9 +14,9 @@ from types import ModuleType
 
 # Their module -> ours, imported just after it.
 FOLLOWERS = {
-    "transformers.quantizers.auto": "rilq.formats.native",
-    "peft.tuners.tuners_utils": "rilq.formats.peft_guard",
-    "peft.utils.transformers_weight_conversion": "rilq.formats.peft_experts",
+    "transformers.quantizers.auto": ("rilq.formats.native", "rilq.formats.resq.loading"),
+    "peft.tuners.tuners_utils": ("rilq.formats.peft_guard",),
+    "peft.utils.transformers_weight_conversion": ("rilq.formats.peft_experts",),
 }
 
 
@@ -38,16 +38,21 @@ class FollowingFinder(MetaPathFinder):
 
         def execute_then_follow(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(FOLLOWERS[name])
+            _follow(name)
 
         spec.loader.exec_module = execute_then_follow  # type: ignore[method-assign]
         return spec
 
 
+def _follow(name: str) -> None:
+    for follower in FOLLOWERS[name]:
+        importlib.import_module(follower)
+
+
 def install() -> None:
     """Import the followers of what is loaded, and arrange for the others; harmless if repeated."""
-    for name, follower in FOLLOWERS.items():
+    for name in FOLLOWERS:
         if name in sys.modules:
-            importlib.import_module(follower)
+            _follow(name)
     if not any(isinstance(finder, FollowingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, FollowingFinder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -54,3 +55,12 @@ class QuantizedLinear:
     scale: Tensor
     zero_point: Tensor
     spec: QuantSpec
+
+
+def names_module(pattern: str, module_name: str) -> bool:
+    """Whether `pattern` is the module, its last parts, a parent of it, or a glob that fits."""
+    return (
+        f".{module_name}".endswith(f".{pattern}")
+        or module_name.startswith(f"{pattern}.")
+        or fnmatchcase(module_name, pattern)
+    )

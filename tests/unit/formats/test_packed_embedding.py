@@ -268,7 +268,9 @@ def test_saved_and_reloaded_model_is_identical(
     assert torch.equal(logits(again), logits(model))
     stored = {n for n in load_file(tmp_path / "model.safetensors") if n.startswith(HEAD)}
     tied = model.config.tie_word_embeddings
-    assert stored == (set() if tied else {f"{HEAD}.{p}" for p in ("weight", *RilqLinear._KEPT)})
+    assert stored == (
+        set() if tied else {f"{HEAD}.{p}" for p in ("weight", *RilqLinear.kept_buffers)}
+    )
 
 
 def test_tied_head_has_the_tensors_of_the_embedding_wherever_they_go(
