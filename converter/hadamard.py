@@ -8,6 +8,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from rilq.formats.resq.hadamard import kronecker_apply
+
 WIDEST_POWER = 6  # 2^6: wider powers of two are split, which costs less arithmetic
 
 
@@ -32,10 +34,7 @@ class Rotation:
         Returns:
             `[..., size]`, float64.
         """
-        turned = (rows * self.signs).reshape(-1, *(len(factor) for factor in self.factors))
-        for factor in self.factors:  # each takes the axis after the rows, and puts it last
-            turned = torch.tensordot(turned, factor, dims=([1], [0]))
-        return turned.reshape(rows.shape)
+        return kronecker_apply(rows * self.signs, self.factors)
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Rotation:
@@ -56,11 +55,21 @@ def random_rotation(size: int, generator: torch.Generator) -> Rotation:
     (arXiv:2404.00456), section 3.
     """
     signs = torch.randint(2, (size,), generator=generator).double() * 2 - 1
+    return Rotation(signs, hadamard_factors(size, generator))
+
+
+def hadamard_factors(size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Orthogonal matrices, float64, whose Kronecker product is `random_rotation` without signs.
+
+    Args:
+        size: 1 or more.
+        generator: of the factor without a construction, if there is one.
+    """
     orders, rest = hadamard_orders(size)
     factors = [hadamard(order) / order**0.5 for order in orders]
     if rest > 1:
-        factors.append(_random_orthogonal(rest, generator))
-    return Rotation(signs, tuple(factors))
+        factors.append(random_orthogonal(rest, generator))
+    return tuple(factors)
 
 
 def hadamard_orders(size: int) -> tuple[tuple[int, ...], int]:
@@ -174,7 +183,7 @@ def _powers_of_generator(prime: int, power: int) -> list[tuple[int, ...]]:
     raise AssertionError(f"{prime} is not a prime")
 
 
-def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Uniform over all orthogonal matrices: the Q of a Gaussian, with R's diagonal positive."""
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)

@@ -248,9 +248,7 @@ class TurnedCheckpoint(Checkpoint):
             return self._turns.residual(bias)
         heads = bias[values:].reshape(-1, 1, self._head_dim)
         owners = self._kv_heads[: len(heads)]  # none but of the values
-        return torch.cat(
-            [bias[:values], self._turns.values(_layer(name), owners, heads).flatten()]
-        )
+        return torch.cat([bias[:values], self._turns.values(_layer(name), owners, heads).flatten()])
 
     def _turn(self, rows: Tensor, out: Tensor, norm: Tensor | None = None) -> None:
         """Write `rows diag(norm) Q` to `out`.
