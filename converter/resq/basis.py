@@ -184,7 +184,8 @@ def _calibrated(covariance: Tensor, parts: Parts, generator: torch.Generator) ->
 
 def _by_magnitude(covariance: Tensor) -> Tensor:
     order = covariance.diagonal().argsort(stable=True)
-    return torch.eye(len(covariance), dtype=torch.float64)[:, order]
+    permutation: Tensor = torch.eye(len(covariance), dtype=torch.float64)[:, order]
+    return permutation
 
 
 def _for_each(

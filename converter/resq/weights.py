@@ -214,5 +214,6 @@ def _best_scale(weight: Tensor, bits: int, importance: Tensor | None) -> Tensor:
 
 def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest codes, as whole numbers in float32."""
-    limit: int = 2 ** (bits - 1)
-    return (weight / scale).round_().clamp_(-limit, limit - 1)
+    limit = 2 ** (bits - 1)
+    codes: Tensor = (weight / scale).round_().clamp_(-limit, limit - 1)
+    return codes
