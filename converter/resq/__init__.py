@@ -1,1 +1,1 @@
-"""ResQ and its baselines: 4-bit weights, activations and cache with a high-precision part."""
+"""ResQ: directions of high variance stay in more bits (arXiv:2412.14363)."""
