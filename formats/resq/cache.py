@@ -105,7 +105,7 @@ class ResqCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, parts: Parts) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parts = parts
         self.packed: tuple[PackedStates, PackedStates] | None = None
 
@@ -195,9 +195,10 @@ class ResqCache(Cache):
     """
 
     def __init__(self, layers: int, parts: Parts) -> None:
-        super().__init__(layers=[ResqCacheLayer(parts) for _ in range(layers)])
+        self.codes = [ResqCacheLayer(parts) for _ in range(layers)]
+        super().__init__(layers=[*self.codes])
 
     @property
     def nbytes(self) -> int:
         """Memory of all that is kept: codes, scales and zeros."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.codes)
