@@ -23,6 +23,11 @@ def bytes_of(parts: Parts) -> list[int]:
     return [-(-width * bits // 8) for bits, width in pairs]
 
 
+def stored_bits(parts: Parts) -> float:
+    """Bits per value of what is stored of a vector: codes, scales and zeros."""
+    return (8 * sum(bytes_of(parts)) + 2 * 16 * len(parts.bits)) / parts.size
+
+
 def pack_states(codes: Tensor, parts: Parts) -> Tensor:
     """Codes `[..., parts.size]` uint8 as bytes `[..., sum(bytes_of(parts))]` uint8.
 
