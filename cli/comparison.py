@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # After Z come numbers.
 _LETTERS = (*ascii_uppercase, *map(str, range(27, 1000)))
+_USUALLY_16 = ("activation_bits", "cache_bits")  # shown where they are something else
 
 
 def comparison_tables(found: "Comparison") -> RenderableType:
@@ -49,6 +50,8 @@ def _figures(found: "Comparison") -> Table:
     for letter, _ in zip(_LETTERS, found.versions, strict=False):
         table.add_column(letter, justify="right")
     for name, values in found.figures().items():
+        if name in _USUALLY_16 and set(values) == {16.0}:
+            continue
         best = found.best(name)
         cells = [
             Text("") if value is None else Text(

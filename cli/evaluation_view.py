@@ -66,6 +66,11 @@ def _figure_rows(found: "Evaluation") -> Iterator[tuple[str, str]]:
         yield "bits per byte", f"{found.bits_per_byte:.4f}"
     if found.bits_per_weight is not None:
         yield "bits per weight", f"{found.bits_per_weight:.2f}"
+    if (found.activation_bits, found.cache_bits) != (16, 16):
+        yield (
+            "bits when it runs",
+            f"{found.activation_bits:.2f} per activation, {found.cache_bits:.2f} per cached value",
+        )
     yield "size", gigabytes(found.size_bytes) + (", with its adapter" if found.adapter else "")
     if base is not None:
         yield from _divergence_rows(base)

@@ -23,7 +23,7 @@ _COLUMNS: Sequence[tuple[str, "Callable[[Run], str]", int]] = (
     ("state", lambda run: run.state, 0),
     ("perplexity", lambda run: _figure(run, "perplexity"), 0),
     ("loss", lambda run: _figure(run, "validation_loss"), 100),
-    ("bits", lambda run: _figure(run, "bits_per_weight"), 100),
+    ("bits", lambda run: _bits(run), 100),
     ("KL mean", lambda run: _figure(run, "kl_mean"), 120),
     ("top-1", lambda run: _figure(run, "top1_agreement"), 120),
     ("took", lambda run: duration(run.seconds), 120),
@@ -125,6 +125,14 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -
 
 def _when(run: "Run") -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
+
+
+def _bits(run: "Run") -> str:
+    """Per weight; where they are not 16 too, per weight/activation/cached value."""
+    names = ("bits_per_weight", "activation_bits", "cache_bits")
+    rest = {run.figures.get(name, 16) for name in names[1:]}
+    shown = names[:1] if rest == {16} else names
+    return "/".join(f"{run.figures[name]:.4g}" for name in shown if name in run.figures)
 
 
 def _figure(run: "Run", name: str) -> str:

@@ -144,6 +144,9 @@ class Speed:
     dtype: str
 
 
+SIXTEEN = 16.0  # bits of activations and cached values that are not quantized
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured of a checkpoint.
@@ -169,6 +172,9 @@ class Evaluation:
             where it has other layers or another hidden size.
         worst: the worst-hit passages, the worst one first; empty without a base.
         tasks, generations, speed: where they were asked for.
+        activation_bits: of an input's codes, on average over the multiplications in the decoder's
+            linears; 16 where inputs are not quantized.
+        cache_bits: stored in the KV cache for each value, scales and zeros counted; likewise.
     """
 
     perplexity: float
@@ -189,6 +195,8 @@ class Evaluation:
     tasks: tuple[TaskFigure, ...] = ()
     generations: tuple[Generation, ...] = ()
     speed: Speed | None = None
+    activation_bits: float = SIXTEEN
+    cache_bits: float = SIXTEEN
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; `Evaluation.from_dict` reads them."""
@@ -223,6 +231,8 @@ class Evaluation:
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "bits_per_weight": self.bits_per_weight,
+            "activation_bits": self.activation_bits,
+            "cache_bits": self.cache_bits,
             "size_bytes": self.size_bytes,
         }
         if (other := self.against) is not None:

@@ -26,6 +26,7 @@ from rilq.converter.machine import Machine, measure_machine, memory_errors_expla
 from rilq.converter.pipeline import versions
 from rilq.converter.workdir import Resume, WorkDir, open_workdir
 from rilq.errors import CheckpointError, OptionError
+from rilq.evaluation.average_bits import activation_bits, bits_per_weight, cache_bits
 from rilq.evaluation.divergence import divergence
 from rilq.evaluation.figures import Evaluation, Passages
 from rilq.evaluation.forward import Subject, checked_loss
@@ -42,9 +43,7 @@ from rilq.evaluation.scratch import check_room, states_bytes, temporary_folder
 from rilq.formats.checkpoint import SOURCE_DTYPES
 from rilq.formats.fp8 import open_source_checkpoint
 from rilq.formats.hub import open_source
-from rilq.formats.native import RilqLinear
 from rilq.formats.shard_writer import write_tensors
-from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import file_hash
 from rilq.progress import Reporter, SilentReporter
 
@@ -251,6 +250,8 @@ def _evaluation(
         against=against,
         layer_errors=measured.layer_errors,
         worst=measured.worst,
+        activation_bits=activation_bits(subject.streamed),
+        cache_bits=cache_bits(subject.streamed),
     )
 
 
@@ -311,27 +312,3 @@ def _check_together(subjects: list[Subject], seqlen: int | None) -> int:
 def positions(subject: Subject) -> int:
     """Tokens that the model is made for."""
     return getattr(subject.streamed.config, "max_position_embeddings", None) or FIELD_SEQLEN
-
-
-# ---- figures ------------------------------------------------------------------------------------
-
-
-def bits_per_weight(streamed: StreamedModel) -> float | None:
-    """Stored bits per weight of the quantized linears, or of all of a dense model's decoder.
-
-    Codes count with their 16-bit scales and zero-points. None if there is no linear.
-    """
-    linears = {
-        name: module
-        for index in range(len(streamed.layers))
-        for name, module in streamed.linears(index).items()
-    }
-    packed = [module for module in linears.values() if isinstance(module, RilqLinear)]
-    weights = [m.in_features * m.out_features for m in packed or linears.values()]
-    if packed:
-        specs = [QuantSpec(module.bits, module.group_size) for module in packed]
-        bits = sum(w * s.bits_per_weight for w, s in zip(weights, specs, strict=True))
-    else:
-        tensors = streamed.checkpoint.tensors
-        bits = sum(8 * tensors[f"{name}.weight"].nbytes for name in linears)
-    return bits / sum(weights) if weights else None

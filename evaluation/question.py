@@ -16,7 +16,10 @@ from rilq.progress import Reporter
 from rilq.records.evaluation import measured_run
 from rilq.records.run import Run
 
-_ALWAYS = ("perplexity", "bits_per_byte", "bits_per_weight", "size_bytes")
+_ALWAYS = (
+    *("perplexity", "bits_per_byte", "bits_per_weight", "size_bytes"),
+    *("activation_bits", "cache_bits"),
+)
 
 
 @dataclass(frozen=True)

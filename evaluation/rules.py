@@ -42,6 +42,7 @@ SPEED = ("prefill_tokens_per_s", "tokens_per_s", "host_bytes", "device_bytes")
 # `Evaluation.figures()` gives these, and those of tasks as TASK.METRIC.
 KNOWN = (
     *("perplexity", "bits_per_byte", "bits_per_weight", "size_bytes"),
+    *("activation_bits", "cache_bits"),
     *AGAINST_BASE,
     *SPEED,
 )

@@ -119,7 +119,7 @@ class PackedModule(KeptBuffers):
         weight_scale, zero_point: `[rows, width / group_size]` float16.
     """
 
-    kept_buffers = ("weight_scale", "zero_point")
+    kept_buffers: tuple[str, ...] = ("weight_scale", "zero_point")
 
     weight: Tensor
     weight_scale: Tensor

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rilq.errors import CheckpointError, OptionError, OutputError
 from rilq.formats.durable import atomic_file, current_umask, sync_folder, write_bytes
@@ -115,9 +116,9 @@ def write_config(
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
         config[key] = str(dtype).removeprefix("torch.")
     if quantization is not None:
-        ours = isinstance(quantization, QuantizationConfigMixin)
-        entries = quantization.to_dict() if ours else quantization
-        config["quantization_config"] = dict(sorted(entries.items()))
+        if isinstance(quantization, QuantizationConfigMixin):
+            quantization = quantization.to_dict()
+        config["quantization_config"] = dict(sorted(quantization.items()))
     _write_json(folder / "config.json", config)
 
 

@@ -62,9 +62,18 @@ def _ratio(evaluation: Evaluation) -> float | None:
     return None if base is None else evaluation.perplexity / base.base_perplexity
 
 
-_COLUMNS = (
+# Left out where it is 16 everywhere.
+_RUNNING = (
+    _Column("bits per activation", _figure("activation_bits"), "{:.2f}".format, "lower"),
+    _Column("bits per cached value", _figure("cache_bits"), "{:.2f}".format, "lower"),
+)
+_OF_ANY_TEXT = (
     _Column("bits per weight", lambda s: s.bits_per_weight, "{:.2f}".format, "lower"),
+    *_RUNNING,
     _Column("size", lambda s: s.size_bytes, gigabytes, "lower"),
+)
+_COLUMNS = (
+    *_OF_ANY_TEXT,
     _Column("perplexity", _figure("perplexity"), "{:.4g}".format, "lower"),
     _Column("of full precision", _measured(_ratio), "{:.3f} ×".format, "lower"),
     _Column("KL mean", _figure("kl_mean"), "{:.3g}".format, "lower"),
@@ -91,12 +100,12 @@ def _table(subjects: Sequence[Subject], marks: Sequence[str]) -> Table:
     for column in columns:
         values = [column.of(subject) for subject in subjects]
         known = [value for value in values if value is not None]
-        if not known:
+        if not known or (column in _RUNNING and set(known) == {16}):
             continue
         shown.append(column.title)
         best = (min if column.better == "lower" else max)(known)
         # Figures on different texts do not compete.
-        fair = len(set(known)) > 1 and (len(texts) == 1 or column in _COLUMNS[:2])
+        fair = len(set(known)) > 1 and (len(texts) == 1 or column in _OF_ANY_TEXT)
         for row, value in zip(rows, values, strict=True):
             if value is None:
                 row.append(Cell(""))

@@ -153,6 +153,9 @@ def _tiles(subject: Subject) -> Iterator[Tile]:
         yield from _measured_tiles(found)
     if subject.bits_per_weight is not None:
         yield Tile("Bits per weight", f"{subject.bits_per_weight:.2f}", "codes and scales")
+    if found is not None and (found.activation_bits, found.cache_bits) != (16, 16):
+        yield Tile("Bits per activation", f"{found.activation_bits:.2f}", "codes")
+        yield Tile("Bits per cached value", f"{found.cache_bits:.2f}", "codes and scales")
     if subject.size_bytes is not None:
         yield Tile("Size", gigabytes(subject.size_bytes), "of all weights")
     if found is not None and (speed := found.speed) is not None:

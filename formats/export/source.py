@@ -17,6 +17,7 @@ from rilq.formats.native import QUANT_METHOD, RilqConfig, native_config, native_
 from rilq.formats.packed_linear import row_chunks
 from rilq.formats.packing import dequantize_packed
 from rilq.formats.peft_folder import CONFIG_NAME, PeftFolder
+from rilq.formats.resq import config as resq
 from rilq.formats.shard import listing, tensor_hash
 from rilq.formats.source import LocalFolder
 from rilq.formats.spec import EXPERTS, QuantSpec
@@ -90,6 +91,14 @@ class NativeCheckpoint:
             LocalFolder(folder), report=report, dtypes=SOURCE_DTYPES | {torch.int32}
         )
         raw = checkpoint.config.get("quantization_config")
+        if isinstance(raw, dict) and raw.get("quant_method") == resq.QUANT_METHOD:
+            raise CheckpointError(
+                f"{folder}: a ResQ checkpoint (quant_method {resq.QUANT_METHOD!r} in config.json), "
+                "which no other format can hold: its inputs and cache are quantized and rotated "
+                "when it runs\n"
+                "  load it with transformers after `import rilq`, or convert the model again with "
+                "--method rilq to export it"
+            )
         if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(
                 f"{folder}: is not a checkpoint in rilq's native format (quant_method "

@@ -79,7 +79,7 @@ class _Update:
         if self.rotation is not None:
             key_states = self.rotation(key_states)
         if self.cache is not None:
-            return self.cache.update(key_states, value_states, layer_idx)  # type: ignore[no-any-return]
+            return self.cache.update(key_states, value_states, layer_idx)
         if not self.quantizer.quantizes:
             return key_states, value_states
         keys, values = (

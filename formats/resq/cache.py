@@ -23,6 +23,11 @@ def bytes_of(parts: Parts) -> list[int]:
     return [-(-width * bits // 8) for bits, width in pairs]
 
 
+def stored_bits(parts: Parts) -> float:
+    """Bits per value of what is stored of a vector: codes, scales and zeros."""
+    return (8 * sum(bytes_of(parts)) + 2 * 16 * len(parts.bits)) / parts.size
+
+
 def pack_states(codes: Tensor, parts: Parts) -> Tensor:
     """Codes `[..., parts.size]` uint8 as bytes `[..., sum(bytes_of(parts))]` uint8.
 
@@ -105,7 +110,7 @@ class ResqCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, parts: Parts) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parts = parts
         self.packed: tuple[PackedStates, PackedStates] | None = None
 
@@ -195,9 +200,10 @@ class ResqCache(Cache):
     """
 
     def __init__(self, layers: int, parts: Parts) -> None:
-        super().__init__(layers=[ResqCacheLayer(parts) for _ in range(layers)])
+        self.codes = [ResqCacheLayer(parts) for _ in range(layers)]
+        super().__init__(layers=[*self.codes])
 
     @property
     def nbytes(self) -> int:
         """Memory of all that is kept: codes, scales and zeros."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.codes)

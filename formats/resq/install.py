@@ -62,7 +62,7 @@ def _install(
         if config.rotates_keys:
             attention.key_rotation = KeyRotation(attention.head_dim, device="meta")
         quantize_attention(attention, parts)
-    decoder = getattr(model, "base_model", model)
+    decoder: Any = getattr(model, "base_model", model)
     if hasattr(decoder, "layers"):
         swap = CacheSwap(len(decoder.layers), config.cache_parts(attentions[0].head_dim))
         decoder.register_forward_pre_hook(swap, with_kwargs=True)

@@ -81,7 +81,7 @@ class QuantizedInputLinear(KeptBuffers, nn.Linear):
         """The input as it is quantized: after the transform, `[..., heads, parts.size]`."""
         if self._factors:
             x = kronecker_apply(x, [factor.to(x.dtype) for factor in self.hadamard])
-        return x.unflatten(-1, (self.heads, self.parts.size))
+        return x.reshape(*x.shape[:-1], self.heads, self.parts.size)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """What meets the weight, of the input `[..., in_features]`; the gradient is passed on."""
@@ -146,4 +146,4 @@ class ResqLinear(QuantizedInputLinear):
         out = integer_product(vectors, self.codes(), self.weight_scale, self.parts, x.dtype)
         if self.bias is not None:
             out += self.bias.to(x.dtype)
-        return out.unflatten(0, x.shape[:-1])
+        return out.reshape(*x.shape[:-1], self.out_features)

@@ -53,7 +53,7 @@ def dense_weight(
     """`scale * code`, computed in float32: see `ResqWeight`."""
     widths = torch.tensor(parts.widths, device=scale.device)
     columns = scale.float().repeat_interleave(widths, 1, output_size=parts.size)
-    weight = codes.unflatten(1, (heads, parts.size)).float() * columns[:, None]
+    weight = codes.reshape(len(codes), heads, parts.size).float() * columns[:, None]
     return weight.flatten(1).to(dtype)
 
 

@@ -1,0 +1,301 @@
+"""Whole ResQ models in transformers: loaded, run, and generating with their quantized cache."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resq_examples import HADAMARD, Example, orthogonal
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
+
+from rilq.converter.layers import StreamedModel
+from rilq.errors import CheckpointError
+from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.resq.cache import ResqCache
+from rilq.formats.resq.config import ResqConfig
+from rilq.formats.resq.hadamard import kronecker_apply
+from rilq.formats.resq.install import ARCHITECTURES, full_precision, install, install_dense
+from rilq.formats.resq.linear import ResqLinear
+from rilq.formats.source import LocalFolder
+
+TOKENS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+# Where one value is rounded to another code, all that follows differs. Two ways to compute the same
+# value see that happen in float32, in float64 hardly ever.
+IN_WIDE = torch.float64
+WINDOW = dict(sliding_window=8, max_window_layers=0, use_sliding_window=True)
+
+
+@pytest.fixture(scope="module")
+def model(example: Example) -> PreTrainedModel:
+    return load(example.folder)
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def logits(model: nn.Module, tokens: Tensor = TOKENS, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens, **options).logits
+
+
+def token_by_token(model: nn.Module) -> Tensor:
+    """Logits of `TOKENS`, each token but the first five in a call of its own."""
+    out = model(TOKENS[:, :5], use_cache=True)
+    found, cache = [out.logits], out.past_key_values
+    for token in TOKENS[:, 5:].split(1, 1):
+        out = model(token, past_key_values=cache, use_cache=True)
+        found.append(out.logits)
+    assert isinstance(out.past_key_values, ResqCache) and out.past_key_values.nbytes > 0
+    return torch.cat(found, 1)
+
+
+# -- exactness -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_without_quantizers_a_model_computes_what_it_did(
+    model_type: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model(tmp_path / "source", model_type)
+    plain, generator = load(source), torch.Generator().manual_seed(0)
+    factors = [orthogonal(size, generator) for size in HADAMARD]
+    skeleton = load(source)
+    install_dense(skeleton, ResqConfig(hadamard=HADAMARD))
+    tensors = dict(plain.state_dict())
+    for name, tensor in skeleton.state_dict().items():
+        if name.endswith("down_proj.weight"):
+            tensors[name] = kronecker_apply(tensors[name], factors)
+        elif "hadamard_" in name:
+            tensors[name] = factors[int(name[-1])]
+        elif name.endswith("key_rotation.weight"):
+            tensors[name] = orthogonal(len(tensor), generator)
+    skeleton.load_state_dict(tensors, assign=True)
+    quantized = logits(skeleton)
+    with full_precision(skeleton):
+        torch.testing.assert_close(
+            logits(skeleton, use_cache=False), logits(plain), rtol=0, atol=1e-5
+        )
+    assert (quantized - logits(plain)).abs().max() > 1e-2
+    assert torch.equal(logits(skeleton), quantized)  # the switch is back
+
+
+def test_codes_stand_for_the_weights_of_a_plain_model(
+    example: Example, model: PreTrainedModel
+) -> None:
+    with full_precision(model):
+        found = logits(model, use_cache=False)
+    torch.testing.assert_close(found, logits(example.dense), rtol=0, atol=1e-5)
+
+
+# -- the cache in a model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("llama", {}), ("mistral", WINDOW), ("qwen2", WINDOW), ("qwen3", {"head_dim": 32})],
+)
+@torch.no_grad()
+def test_with_a_cache_a_model_computes_what_it_does_without(
+    model_type: str, sizes: dict[str, Any], make_example: Callable[..., Example]
+) -> None:
+    model = load(make_example(model_type, **sizes).folder, dtype=IN_WIDE)
+    without = logits(model, use_cache=False)
+    torch.testing.assert_close(token_by_token(model), without, rtol=0, atol=1e-6)
+    if "sliding_window" in sizes:  # and the window matters
+        far = TOKENS.clone()
+        far[:, 0] = 5
+        assert torch.equal(logits(model, far, use_cache=False)[:, -1], without[:, -1])
+
+
+@pytest.mark.parametrize("rotations", ["AB", "ABC", "ABD"])
+@torch.no_grad()
+def test_any_rotation_can_be_left_out(rotations: str, make_example: Callable[..., Example]) -> None:
+    sizes = HADAMARD if "D" in rotations else ()
+    example = make_example(config=ResqConfig(rotations=rotations, hadamard=sizes))
+    model = load(example.folder, dtype=IN_WIDE)
+    torch.testing.assert_close(token_by_token(model), logits(model), rtol=0, atol=1e-6)
+    with full_precision(model):
+        found = logits(model, use_cache=False)
+    torch.testing.assert_close(found.float(), logits(example.dense), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_with_the_cache_is_that_without(model: PreTrainedModel, beams: int) -> None:
+    mask = torch.ones_like(TOKENS[:, :6])
+    mask[0, :2] = 0  # padding on the left
+    options = dict(
+        attention_mask=mask, max_new_tokens=12, num_beams=beams, do_sample=False, eos_token_id=None
+    )
+    found = model.generate(TOKENS[:, :6], **options)
+    assert found.shape == (2, 18)
+    assert torch.equal(found, model.generate(TOKENS[:, :6], use_cache=False, **options))
+
+
+def test_generation_goes_on_from_an_earlier_cache(model: PreTrainedModel) -> None:
+    options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    prompt, mask = TOKENS[:1, :6], torch.ones(1, 6, dtype=torch.long)
+    first = model.generate(prompt, attention_mask=mask, return_dict_in_generate=True, **options)
+    assert isinstance(first.past_key_values, ResqCache)
+    mask = torch.ones_like(first.sequences)
+    again = model.generate(
+        first.sequences, attention_mask=mask, past_key_values=first.past_key_values, **options
+    )
+    whole = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), **{**options, "max_new_tokens": 10}
+    )
+    assert torch.equal(again, whole)
+
+
+def test_an_empty_cache_of_transformers_is_replaced(model: PreTrainedModel) -> None:
+    found = model(TOKENS, past_key_values=DynamicCache(), use_cache=True)
+    assert isinstance(found.past_key_values, ResqCache)
+
+
+@pytest.mark.parametrize("kind", ["filled", "static", "offloaded"])
+def test_a_cache_of_another_kind_is_refused(model: PreTrainedModel, kind: str) -> None:
+    cache: Any = DynamicCache()
+    if kind == "filled":
+        for layer in range(2):
+            cache.update(torch.ones(2, 2, 3, 16), torch.ones(2, 2, 3, 16), layer)
+    elif kind == "static":
+        cache = StaticCache(model.config, max_cache_len=40)
+    else:
+        cache.offloading = True  # what DynamicCache(offloading=True) sets, which asks for a GPU
+    with pytest.raises(ValueError, match=f"{type(cache).__name__}, but this model keeps keys"):
+        model(TOKENS, past_key_values=cache, use_cache=True)
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def test_a_model_saved_again_is_the_same(
+    example: Example, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "again")
+    before = load_file(example.folder / "model.safetensors")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+def test_in_sixteen_bits_codes_scales_and_rotations_stay_as_they_are(
+    example: Example, model: PreTrainedModel
+) -> None:
+    narrow = load(example.folder, dtype=torch.bfloat16)
+    wide, kept = model.state_dict(), 0
+    for name, tensor in narrow.state_dict().items():
+        if name.endswith(("proj.weight", "weight_scale", "key_rotation.weight", "hadamard_0")):
+            assert torch.equal(tensor, wide[name]), name
+            kept += 1
+    assert kept == 2 * (7 + 7 + 1 + 1)
+    assert logits(narrow).dtype == torch.bfloat16
+
+
+def test_a_bare_decoder_loads_too(example: Example, model: PreTrainedModel) -> None:
+    decoder = AutoModel.from_pretrained(example.folder).eval()
+    with torch.no_grad():
+        found, whole = decoder(TOKENS), model.model(TOKENS)
+    assert torch.equal(found.last_hidden_state, whole.last_hidden_state)
+    assert isinstance(found.past_key_values, ResqCache)
+
+
+@pytest.fixture
+def copy(example: Example, tmp_path: Path) -> Path:
+    """A copy of the example, to be damaged."""
+    return Path(shutil.copytree(example.folder, tmp_path / "copy"))
+
+
+def change_config(folder: Path, **entries: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= entries
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.1.self_attn.key_rotation.weight",
+        "model.layers.1.mlp.down_proj.hadamard_1",
+    ],
+)
+def test_a_missing_tensor_is_named(copy: Path, name: str) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"tensors missing from the checkpoint \(1\): {name}"):
+        load(copy)
+    with pytest.raises(CheckpointError, match=f"missing from the checkpoint: {name}"):
+        streamed(copy)
+
+
+def test_tensors_of_another_configuration_are_refused(copy: Path) -> None:
+    change_config(copy, bits=[2, 8])
+    with pytest.raises(RuntimeError, match=r"q_proj.weight.*mismatch|size mismatch|mismatched"):
+        load(copy)
+    with pytest.raises(CheckpointError, match=r"shape \[\d+, \d+\], but config.json asks for"):
+        streamed(copy)
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(copy: Path) -> None:
+    change_config(copy, format_version=9)
+    with pytest.raises(ValueError, match="format_version 9, this rilq reads 1"):
+        load(copy)
+    with pytest.raises(CheckpointError, match="config.json: .*format_version 9"):
+        streamed(copy)
+
+
+def test_an_architecture_without_support_is_refused() -> None:
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, head_dim=16)
+    config = AutoConfig.for_model("gemma2", num_attention_heads=4, vocab_size=320, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="rilq-resq of model_type 'gemma2', expected one of llama"):
+        install(model, ResqConfig(hadamard=HADAMARD))
+
+
+# -- layer by layer, and gradients -----------------------------------------------------------------
+
+
+def streamed(folder: Path) -> StreamedModel:
+    dtypes = SOURCE_DTYPES | {torch.int32}
+    checkpoint = Checkpoint.open(LocalFolder(folder), dtypes=dtypes)
+    return StreamedModel(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_layer_by_layer_a_model_computes_what_it_does_in_memory(
+    example: Example, model: PreTrainedModel
+) -> None:
+    layers = streamed(example.folder)
+    layers.load_outer(layers.checkpoint.read(layers.outer_names()))
+    layers.prepare(TOKENS.shape[1])
+    hidden = layers.embed(TOKENS)
+    for index in range(2):
+        with layers.loaded(index, layers.read_layer(index)):
+            hidden = layers.run(index, hidden)
+        assert all(t.is_meta for t in layers.layers[index].state_dict().values())
+    assert torch.equal(layers.logits(hidden), logits(model))
+
+
+def test_gradients_reach_the_first_layer_through_all_quantizers(model: PreTrainedModel) -> None:
+    embedded = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    model(inputs_embeds=embedded, use_cache=False).logits.square().mean().backward()
+    assert embedded.grad is not None and bool(torch.isfinite(embedded.grad).all())
+    assert bool((embedded.grad.abs().sum(-1) > 0).all())
+    linears = [m for m in model.modules() if isinstance(m, ResqLinear)]
+    assert len(linears) == 14 and all(linear.weight.grad is None for linear in linears)
