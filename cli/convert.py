@@ -120,7 +120,9 @@ def convert_options(
     ] = 16,
     high_fraction: Annotated[
         float | None,
-        option(RESQ, "Share of the channels in high bits; of those in lowest too. (default: 0.125)"),
+        option(
+            RESQ, "Share of the channels in high bits; of those in lowest too. (default: 0.125)"
+        ),
     ] = None,
     high_bits: Annotated[int | None, option(RESQ, "Of the high part. (default: 8)")] = None,
     low_bits: Annotated[int | None, option(RESQ, "Of the other channels. (default: 4)")] = None,

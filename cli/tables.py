@@ -34,8 +34,8 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
     quantized = [p.spec for p in plan.quantized]
     specs = sorted({(s.bits, s.group_size) for s in quantized if isinstance(s, QuantSpec)})
     shown = ", ".join(f"{bits} bits, groups of {size}" for bits, size in specs)
-    if (average := plan.average_bits) is not None:
-        shown = f"{average.weights:.3g} bits on average"
+    if (run_time := plan.run_time_bits) is not None:
+        shown = f"{run_time.activation_bits:.3g} bits on average, and so are their inputs"
     if plan.avg_bits is not None:
         shown += f"; more where it gains most, {plan.avg_bits:g} bits on average at most"
     memory = f"{gigabytes(plan.host_bytes)} host"
@@ -43,7 +43,7 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
     rows = [
         ("quantized", f"{len(plan.quantized)} linears: {shown}"),
-        *_run_time_rows(plan),
+        *([("KV cache", f"{run_time.cache_bits:.3g} bits, scales counted")] if run_time else []),
         ("embedding", _outer_bits(plan, plan.embed_bits)),
         ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
         ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
@@ -64,16 +64,8 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
     return rows + [("note", note) for note in plan.notes]
 
 
-def _run_time_rows(plan: "Plan") -> list[tuple[str, str]]:
-    """Of a method that quantizes more than weights."""
-    if (average := plan.average_bits) is None:
-        return []
-    cache = f"{average.cache:.3g} bits on average, {average.cache_stored:.3g} stored"
-    return [("activations", f"{average.activations:.3g} bits on average"), ("KV cache", cache)]
-
-
 def _learning_rates(plan: "Plan") -> list[tuple[str, str]]:
-    if plan.average_bits is not None:  # nothing is trained
+    if plan.run_time_bits is not None:  # nothing is trained
         return []
     adapters, scales = plan.choices.learning_rate, plan.choices.scales_learning_rate
     return [("learning rate", f"{adapters:.3g} of adapters, {scales:.3g} of scales")]

@@ -408,9 +408,7 @@ class _Conversion:
 
     def _quantization(self, recipe: Mapping[str, Any]) -> RilqConfig | ResqConfig:
         if self.options.resq is not None:
-            return resq_config(
-                self.options.resq, self.streamed.config.intermediate_size, recipe
-            )
+            return resq_config(self.options.resq, self.streamed.config.intermediate_size, recipe)
         return self.plan.quantization(recipe, self.options.bits, self.options.group_size)
 
     def _choose_bits(self) -> dict[str, Any]:
@@ -498,7 +496,9 @@ class _Conversion:
         """Whether what is trained goes into the base; a plain LoRA stays beside it."""
         return self.adapter_spec is None or self.adapter_spec.kind == "pooled"
 
-    def _student(self, parts: QuantizedParts, quantization: RilqConfig | ResqConfig, *, train: Train) -> Student:
+    def _student(
+        self, parts: QuantizedParts, quantization: RilqConfig | ResqConfig, *, train: Train
+    ) -> Student:
         return Student(
             self.streamed.config,
             quantization,
@@ -694,7 +694,7 @@ class _Conversion:
             **self._processes(),
             "bits_per_weight": self.plan.bits_per_weight,
             "bits_per_parameter": self.plan.bits_per_parameter,
-            **self._average_bits(),
+            **self._run_time_bits(),
             "kept_in_16_bits": dict(self.job.plan.kept),
             "calibration": data,
             "quality": quality,
@@ -712,11 +712,10 @@ class _Conversion:
             report=self.report,
         )
 
-    def _average_bits(self) -> dict[str, Any]:
-        """Of a method that quantizes activations and the cache too: of each, by name."""
-        if self.plan.average_bits is None:
-            return {}
-        return {"average_bits": asdict(self.plan.average_bits)}
+    def _run_time_bits(self) -> dict[str, float]:
+        """Of a method that quantizes activations and the cache too, by name."""
+        bits = self.plan.run_time_bits
+        return {} if bits is None else asdict(bits)
 
     def _processes(self) -> dict[str, Any]:
         """Of a job of several processes, how many began it, and ended it if they were others."""

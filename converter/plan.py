@@ -44,7 +44,7 @@ from rilq.converter.options import (
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.converter.pace import Measure, Pace, Work
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
-from rilq.converter.resq.sizes import AverageBits, PartsSpec, parts_spec
+from rilq.converter.resq.sizes import PartsSpec, RunTimeBits, parts_spec
 from rilq.converter.tiers import COPIES, OffloadSizes, pinned_bytes
 from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
@@ -133,7 +133,7 @@ class Plan:
             counted.
         bits_per_parameter: over all parameters of the output.
         seconds: estimate; `time_basis` says from what.
-        average_bits: of a method that quantizes activations and the cache too.
+        run_time_bits: of a method that quantizes activations and the cache too.
     """
 
     model: str
@@ -164,7 +164,7 @@ class Plan:
     seconds: float
     time_basis: str
     notes: tuple[str, ...]
-    average_bits: AverageBits | None = None
+    run_time_bits: RunTimeBits | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, with full words."""

@@ -249,9 +249,7 @@ class CovariancePass:
 
     def _store(self, index: int) -> ActivationStore:
         pinned = self.streamed.device.type == "cuda"
-        return ActivationStore(
-            self._states(index), self._shape, self.streamed.dtype, pinned=pinned
-        )
+        return ActivationStore(self._states(index), self._shape, self.streamed.dtype, pinned=pinned)
 
     def _writer(self, path: Path, label: str) -> ActivationWriter:
         return ActivationWriter(path, self._shape, self.streamed.dtype, label=label)

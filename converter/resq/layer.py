@@ -76,9 +76,8 @@ class ResqLayers(LayerMethod):
             saved[f"{prefix}{TRANSFORMED}.hadamard_{number}"] = factor.to(torch.float32)
         with student.loaded(index, saved):
             for group in GROUPS:
-                names = [prefix + name for name in group]
-                modules = {name: linears[name] for name in names}
-                for name, tensors in self._quantize_group(layer, modules):
+                modules = {name: linears[name] for name in (prefix + each for each in group)}
+                for tensors in self._quantize_group(layer, modules):
                     for key, tensor in tensors.items():
                         place_tensor(student.model, key, tensor, student.device)
                         saved[key] = tensor.cpu()
@@ -98,8 +97,8 @@ class ResqLayers(LayerMethod):
 
     def _quantize_group(
         self, layer: LayerToQuantize, modules: Mapping[str, ResqLinear]
-    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The stored tensors of linears that share an input, by name."""
+    ) -> Iterator[dict[str, Tensor]]:
+        """The stored tensors of linears that share an input, linear by linear."""
         first = next(iter(modules.values()))
         device = self.streamed.device
         factors = [f.to(device) for f in self.factors] if first.hadamard else []
@@ -119,7 +118,7 @@ class ResqLayers(LayerMethod):
                     quantized = gptq_parts(weight, module.parts, prepared, heads=module.heads)
             except RilqError as err:
                 raise type(err)(f"{name}: {err}") from err
-            yield name, resq_tensors(name, quantized)
+            yield resq_tensors(name, quantized)
 
     def _hessian(self, layer: LayerToQuantize, linear: ResqLinear) -> Tensor:
         """Of a linear's inputs as they are quantized, after the transform of `down_proj`."""

@@ -1,9 +1,9 @@
 """What a user can ask of ResQ and its baselines. Imports no torch.
 
-    resq      eigenvectors of the covariances, mixed inside each part; the last part in high bits
-    quarot    random Hadamard rotations, one part of low bits (Ashkboos et al., arXiv:2404.00456)
-    quik      no rotation: the channels with the largest magnitudes in high bits, by permutation
-    rtn-w4a4  no rotation, one part of low bits, weights rounded to nearest
+resq      eigenvectors of the covariances, mixed inside each part; the last part in high bits
+quarot    random Hadamard rotations, one part of low bits (Ashkboos et al., arXiv:2404.00456)
+quik      no rotation: the channels with the largest magnitudes in high bits, by permutation
+rtn-w4a4  no rotation, one part of low bits, weights rounded to nearest
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ResqOptions:
     Attributes:
         method: one of `METHODS`.
         quantizer: of the weights, gptq or rtn.
-        high_fraction: share of the channels in the high part; of the lowest part too, where there is
-            one. 0 for one part.
+        high_fraction: share of the channels in the high part, and in the lowest where there is
+            one; 0 for one part.
         high_bits, low_bits: of the two parts; of one part, `low_bits`.
         lowest_bits: of the channels of least variance; None for two parts.
         rotations: which of `ROTATIONS` are applied, in order; of quik these are permutations.
@@ -117,7 +117,9 @@ def problems(o: ConvertOptions, flag: Mapping[str, str]) -> list[str]:
     given = [name for name in OWN if getattr(o, name) is not None]
     if o.method == "rilq":
         names = ", ".join(flag[name] for name in given)
-        return [f"{names}: of --method resq and its baselines; --method rilq has none"] * bool(given)
+        return [f"{names}: of --method resq and its baselines; --method rilq has none"] * bool(
+            given
+        )
     found = _without_meaning(o, flag)
     meaningless = [] if o.method in _PARTED else ["high_fraction", "high_bits", "lowest_bits"]
     meaningless += [] if o.method in _ROTATED else ["rotations"]

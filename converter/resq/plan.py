@@ -16,7 +16,7 @@ from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import FIXED, FIXED_CPU, WORK, Disk, Plan, make_plan
 from rilq.converter.resq.base import NEEDS_COVARIANCES, planned_checkpoint, resq_config
 from rilq.converter.resq.rotated import resq_sizes
-from rilq.converter.resq.sizes import AverageBits, PartsSpec
+from rilq.converter.resq.sizes import PartsSpec, RunTimeBits
 
 FLOAT64 = 8  # bytes
 EIGH_COPIES = 8  # of the covariance: damped, eigenvectors, LAPACK's work space, the mixing
@@ -80,7 +80,7 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
         bits_per_parameter=8 * output / plan.parameters,
         seconds=plan.seconds + _seconds(source, plan, machine, calibrated=calibrated),
         notes=(*plan.notes, *_notes(calibrated)),
-        average_bits=AverageBits.of(chosen, config, specs),
+        run_time_bits=RunTimeBits.of(chosen, config, specs),
     )
 
 
@@ -107,9 +107,7 @@ def _with_state(disk: Disk, state: int, output: int) -> Disk:
     return replace(disk, needed=disk.needed + added, parts=parts)
 
 
-def _seconds(
-    source: StreamedModel, plan: Plan, machine: Machine, *, calibrated: bool
-) -> float:
+def _seconds(source: StreamedModel, plan: Plan, machine: Machine, *, calibrated: bool) -> float:
     """Of the first pass, of the bases and of the rotation, at the machine's rates."""
     width, tokens = source.config.hidden_size, plan.rows * plan.choices.seqlen
     flops = SLOWER * 2.0 * plan.parameters * width  # every weight times U_A

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from rilq.converter.resq.options import ResqOptions
+from rilq.converter.resq.rotated import resq_sizes
 from rilq.errors import OptionError
 from rilq.formats.packing import WORD
-from rilq.formats.resq.cache import bytes_of
+from rilq.formats.resq.cache import stored_bits
 from rilq.formats.resq.config import ResqConfig
 from rilq.formats.resq.install import PER_HEAD
 from rilq.formats.resq.parts import Parts
 from rilq.formats.resq.weight import words_of
 
-SCALE_BITS = 16  # of a scale, and of a zero of the cache
+SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -39,46 +40,30 @@ class PartsSpec:
 
 
 @dataclass(frozen=True)
-class AverageBits:
-    """Of what a ResQ model computes with, for people to compare.
+class RunTimeBits:
+    """What a model computes with, as an evaluation of it says it.
 
     Attributes:
-        weights, activations, cache: code bits per weight of the quantized linears, per channel of
-            their inputs, and per channel of keys and values.
-        cache_stored: of the cache, scales, zeros and whole bytes counted.
+        activation_bits: of an input's codes, on average over the multiplications of the quantized
+            linears.
+        cache_bits: stored in the KV cache for each value, scales and zeros counted.
     """
 
-    weights: float
-    activations: float
-    cache: float
-    cache_stored: float
+    activation_bits: float
+    cache_bits: float
 
     @classmethod
     def of(
-        cls, options: ResqOptions, config: PretrainedConfig, linears: Iterable[tuple[int, PartsSpec]]
-    ) -> AverageBits:
-        """Those of a model with some linears, each as its number of outputs and its spec."""
-        linears = tuple(linears)
-        widths = [spec.parts.size * spec.heads for _, spec in linears]
-        weights = [out * width for (out, _), width in zip(linears, widths, strict=True)]
-        bits = [spec.bits for _, spec in linears]
-        cache = quantization(options).cache_parts(head_dim(config))
-        stored = 8 * sum(bytes_of(cache)) + 2 * SCALE_BITS * len(cache.bits)
-        return cls(
-            weights=_mean(bits, weights),
-            activations=_mean(bits, widths),
-            cache=cache.average_bits,
-            cache_stored=stored / cache.size,
-        )
-
-
-def _mean(values: list[float], weights: list[int]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Channels of a head: what config.json says, else what the other sizes give."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cls,
+        options: ResqOptions,
+        config: PretrainedConfig,
+        linears: Iterable[tuple[int, PartsSpec]],
+    ) -> RunTimeBits:
+        """Those of a model with some quantized linears: outputs and spec of each."""
+        weights = [(out * spec.parts.size * spec.heads, spec.bits) for out, spec in linears]
+        bits = sum(count * bits for count, bits in weights) / sum(count for count, _ in weights)
+        head = resq_sizes(config).head_dim
+        return cls(bits, stored_bits(quantization(options).cache_parts(head)))
 
 
 def quantization(options: ResqOptions, hadamard: tuple[int, ...] = (1,)) -> ResqConfig:
