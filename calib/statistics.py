@@ -12,26 +12,34 @@ CHUNK = 8192
 class HessianSum:
     """`X^T X` over any number of batches, the Hessian of a linear's squared output error.
 
+    Args:
+        dtype: in which products are made and summed.
+
     Attributes:
         tokens: input vectors added so far.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Add the inputs of one batch.
 
         Args:
-            x: `[..., in_features]`, any float dtype; summed in float32, on the sum's device.
+            x: `[..., in_features]`, any float dtype; summed on the sum's device.
         """
         assert x.shape[-1] == len(self._sum), (
             f"inputs of {x.shape[-1]} features do not belong to a Hessian of {len(self._sum)}"
         )
         for rows in torch.split(x.reshape(-1, x.shape[-1]), CHUNK):
-            rows = rows.to(self._sum.device, torch.float32)
+            rows = rows.to(self._sum)
             self._sum.addmm_(rows.T, rows)
             self.tokens += len(rows)
 
@@ -41,7 +49,7 @@ class HessianSum:
         self.tokens = int(added(torch.tensor(self.tokens)).item())
 
     def value(self) -> Tensor:
-        """The mean of `x x^T` over the tokens: `[in_features, in_features]` float32.
+        """The mean of `x x^T` over the tokens: `[in_features, in_features]`.
 
         Divided by the tokens so that its size does not depend on how much text there was; GPTQ
         takes any scale. Before anything was added (an expert that no token chose) it is zero.

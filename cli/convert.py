@@ -18,6 +18,7 @@ from rilq.cli.options import (
     MACHINE,
     OUT,
     PUSH,
+    RESQ,
     TRAIN,
     AsJson,
     Db,
@@ -43,6 +44,14 @@ if TYPE_CHECKING:
 
 def convert_options(
     model: Model,
+    method: Annotated[
+        str,
+        option(
+            BASE,
+            "rilq, or W4A4KV4: resq (high-variance directions in 8 bits), or its baselines quarot, "
+            "quik, rtn-w4a4; see docs/resq.md.",
+        ),
+    ] = "rilq",
     recipe: Annotated[
         str,
         typer.Option(
@@ -109,6 +118,30 @@ def convert_options(
     head_bits: Annotated[
         int, option(BASE, "Of the output head, likewise; in a tied model it is the embedding.")
     ] = 16,
+    high_fraction: Annotated[
+        float | None,
+        option(
+            RESQ, "Share of the channels in high bits; of those in lowest too. (default: 0.125)"
+        ),
+    ] = None,
+    high_bits: Annotated[int | None, option(RESQ, "Of the high part. (default: 8)")] = None,
+    low_bits: Annotated[int | None, option(RESQ, "Of the other channels. (default: 4)")] = None,
+    lowest_bits: Annotated[
+        int | None,
+        option(
+            RESQ,
+            "Of the channels of least variance, as many as are high: with 2 and --high-bits 6 the "
+            "average is 4. (default: no such part)",
+        ),
+    ] = None,
+    rotations: Annotated[
+        str | None,
+        option(
+            RESQ,
+            "Some of A (residual stream), B (values), C (keys), D (input of down_proj), or none. "
+            "(default: ABCD)",
+        ),
+    ] = None,
     dataset: Annotated[
         list[str] | None,
         option(
@@ -271,6 +304,12 @@ def convert_options(
         recipe,
         model=model,
         revision=revision,
+        method=method,
+        high_fraction=high_fraction,
+        high_bits=high_bits,
+        low_bits=low_bits,
+        lowest_bits=lowest_bits,
+        rotations=rotations,
         bits=bits,
         group_size=group_size,
         quantizer=quantizer,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 BASE, DATA, TRAIN = "Quantization", "Calibration", "RILQ training"
+RESQ = "ResQ and its baselines (--method)"
 MACHINE, OUT, PUSH = "Machine", "Output", "Push to the Hub"
 
 

@@ -29,8 +29,13 @@ def show_push(result: "PushResult", report: Reporter) -> None:
 
 def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
     choices = plan.choices
-    specs = sorted({(p.spec.bits, p.spec.group_size) for p in plan.quantized if p.spec})
+    from rilq.formats.spec import QuantSpec
+
+    quantized = [p.spec for p in plan.quantized]
+    specs = sorted({(s.bits, s.group_size) for s in quantized if isinstance(s, QuantSpec)})
     shown = ", ".join(f"{bits} bits, groups of {size}" for bits, size in specs)
+    if (run_time := plan.run_time_bits) is not None:
+        shown = f"{run_time.activation_bits:.3g} bits on average, and so are their inputs"
     if plan.avg_bits is not None:
         shown += f"; more where it gains most, {plan.avg_bits:g} bits on average at most"
     memory = f"{gigabytes(plan.host_bytes)} host"
@@ -38,6 +43,7 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
     rows = [
         ("quantized", f"{len(plan.quantized)} linears: {shown}"),
+        *([("KV cache", f"{run_time.cache_bits:.3g} bits, scales counted")] if run_time else []),
         ("embedding", _outer_bits(plan, plan.embed_bits)),
         ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
         ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
@@ -46,8 +52,7 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
                         f"{plan.validation_rows} for validation"),
         ("compute", f"{choices.dtype} on {choices.device}, student {choices.student}, "
                     f"micro-batch {choices.micro_batch}"),
-        ("learning rate", f"{choices.learning_rate:.3g} of adapters, "
-                          f"{choices.scales_learning_rate:.3g} of scales"),
+        *_learning_rates(plan),
         ("reads", gigabytes(plan.read_bytes)),
         ("peak memory", memory + ", at most, above the interpreter's own"),
         *(("disk", f"{gigabytes(d.needed)} of {gigabytes(d.free)} free on {d.volume} "
@@ -57,6 +62,13 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         ("time", f"about {duration(plan.seconds)}: {plan.time_basis}"),
     ]  # fmt: skip
     return rows + [("note", note) for note in plan.notes]
+
+
+def _learning_rates(plan: "Plan") -> list[tuple[str, str]]:
+    if plan.run_time_bits is not None:  # nothing is trained
+        return []
+    adapters, scales = plan.choices.learning_rate, plan.choices.scales_learning_rate
+    return [("learning rate", f"{adapters:.3g} of adapters, {scales:.3g} of scales")]
 
 
 def _outer_bits(plan: "Plan", bits: int) -> str:

@@ -55,11 +55,21 @@ def random_rotation(size: int, generator: torch.Generator) -> Rotation:
     (arXiv:2404.00456), section 3.
     """
     signs = torch.randint(2, (size,), generator=generator).double() * 2 - 1
+    return Rotation(signs, hadamard_factors(size, generator))
+
+
+def hadamard_factors(size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Orthogonal matrices, float64, whose Kronecker product is `random_rotation` without signs.
+
+    Args:
+        size: 1 or more.
+        generator: of the factor without a construction, if there is one.
+    """
     orders, rest = hadamard_orders(size)
     factors = [hadamard(order) / order**0.5 for order in orders]
     if rest > 1:
-        factors.append(_random_orthogonal(rest, generator))
-    return Rotation(signs, tuple(factors))
+        factors.append(random_orthogonal(rest, generator))
+    return tuple(factors)
 
 
 def hadamard_orders(size: int) -> tuple[tuple[int, ...], int]:
@@ -173,7 +183,7 @@ def _powers_of_generator(prime: int, power: int) -> list[tuple[int, ...]]:
     raise AssertionError(f"{prime} is not a prime")
 
 
-def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Uniform over all orthogonal matrices: the Q of a Gaussian, with R's diagonal positive."""
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)

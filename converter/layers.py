@@ -6,6 +6,7 @@ transformers' own forward pass, so that nothing about an architecture is written
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -27,8 +28,10 @@ from rilq.converter.experts import LayerTensors, fetched_when_run, names_at_once
 from rilq.errors import CheckpointError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import Experts
+from rilq.formats.native import RilqConfig
 from rilq.formats.packed_linear import RilqLinear
 from rilq.formats.quantized import quantization_of
+from rilq.formats.resq.config import ResqConfig
 from rilq.formats.shard import listing
 from rilq.formats.spec import QuantSpec
 
@@ -59,6 +62,17 @@ class StreamedModel:
         self._seqlen = 0
         self.experts_apart = False
         self._check_tensors()
+
+    def over(self, quantization: RilqConfig | ResqConfig) -> StreamedModel:
+        """The same model over quantized linears, in modules of its own, none loaded.
+
+        It shares what `prepare` has recorded by now.
+        """
+        other = copy.copy(self)
+        other.quantization, other.config = quantization, load_config(self.checkpoint)
+        other.model = build_skeleton(other.config, self.dtype, quantization)
+        other.prefix, other.layers = decoder_layers(other.model, other.config)
+        return other
 
     # -- what the checkpoint must hold -----------------------------------------------------------
 

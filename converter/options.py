@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rilq.converter.resq import options as resq_options
 from rilq.errors import OptionError
 from rilq.formats.spec import BITS, EXPERTS, GROUP_SIZES, OUTER_BITS, QuantSpec
 
@@ -79,7 +80,14 @@ class ConvertOptions:
 
     model: str
     revision: str | None = None
+    method: str = "rilq"
     recipe: str = "default"
+    # of the other methods; see converter/resq/options.py
+    high_fraction: float | None = None
+    high_bits: int | None = None
+    low_bits: int | None = None
+    lowest_bits: int | None = None
+    rotations: str | None = None
     # the base
     bits: int = 2
     group_size: int = 64
@@ -143,7 +151,7 @@ class ConvertOptions:
         """A recipe's options, with what is `given` (and not None) in the place of its own.
 
         With a rank of 0, a plain LoRA or an adapter that is kept, what is trained follows from
-        that, as without a recipe.
+        that, as without a recipe. Recipes are RILQ's; another method has defaults of its own.
 
         Raises:
             OptionError: no such recipe, or impossible values.
@@ -152,6 +160,9 @@ class ConvertOptions:
             raise OptionError(f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
         chosen = {name: value for name, value in given.items() if value is not None}
         own = dict(RECIPES[recipe])
+        if (method := chosen.get("method")) in resq_options.METHODS:
+            resq_options.refuse_recipe(recipe, method)
+            own = resq_options.DEFAULTS[method]
         decided = chosen.get("rank") == 0 or chosen.get("adapter") == "lora"
         if decided or chosen.get("keep_adapter"):
             own.pop("train", None)
@@ -181,12 +192,19 @@ class ConvertOptions:
 
     @property
     def output(self) -> Path:
-        """The output folder: as given, or `<model>-w<bits>g<group size>-rilq` here."""
+        """The output folder: as given, or here `<model>-w<bits>g<group size>-rilq` or the like."""
         if self.output_dir is not None:
             return self.output_dir
         name = Path(self.model).resolve().name if Path(self.model).exists() else self.model
-        bits = self.avg_bits or self.bits
-        return Path(f"{name.rpartition('/')[2]}-w{bits:g}g{self.group_size}-rilq")
+        suffix = f"w{self.avg_bits or self.bits:g}g{self.group_size}-rilq"
+        if self.resq is not None:
+            suffix = self.resq.suffix
+        return Path(f"{name.rpartition('/')[2]}-{suffix}")
+
+    @property
+    def resq(self) -> resq_options.ResqOptions | None:
+        """What ResQ or a baseline of it needs to know; None for RILQ."""
+        return None if self.method == "rilq" else resq_options.ResqOptions.of(self)
 
     @property
     def work(self) -> Path:
@@ -226,6 +244,13 @@ class ConvertOptions:
         values["bits_for"] = dict(self.bits_for)
         values["skip"] = list(self.skip)
         values["adapter_targets"] = list(self.adapter_targets)
+        if self.method != "rilq":
+            return resq_options.recorded(self, values)
+        for name in (
+            "method",
+            *resq_options.OWN,
+        ):  # a job that was begun before there were others goes on
+            del values[name]
         return values
 
 
@@ -335,7 +360,9 @@ def _check(options: ConvertOptions) -> None:
     for pattern, bits in o.bits_for:
         if bits not in BITS:
             problems.append(f"--bits-for {pattern}={bits}: expected one of {BITS}")
+    flags = {f.name: flag(f.name) for f in fields(o)}
     problems += _training_problems(o) + _average_problems(o) + _kept_problems(o)
+    problems += resq_options.problems(o, flags)
     if problems:
         raise OptionError("\n".join(problems))
 

@@ -30,6 +30,7 @@ from rilq.converter.experts import expert_quality
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
+from rilq.converter.layer_method import LayerMethod
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import (
@@ -41,8 +42,10 @@ from rilq.converter.machine import (
 from rilq.converter.options import ConvertOptions, Train, flag
 from rilq.converter.pace import measure_pace
 from rilq.converter.plan import Choices, Plan, check_fits, make_plan
-from rilq.converter.quantizers import build_quantizer
+from rilq.converter.quantizers import LayerQuantizer, Quantizer, build_quantizer
 from rilq.converter.ranks import ALONE, Ranks
+from rilq.converter.resq.base import make_base, resq_config
+from rilq.converter.resq.plan import resq_plan
 from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
 from rilq.converter.shared_workdir import SharedWorkDir
 from rilq.converter.stream import StreamingPass, StreamOptions, check_source
@@ -65,6 +68,7 @@ from rilq.formats.hub import HubRepository, open_source
 from rilq.formats.hub_cache import RemoteFile
 from rilq.formats.hub_window import ShardWindow
 from rilq.formats.native import RilqConfig
+from rilq.formats.resq.config import ResqConfig
 from rilq.formats.shard import listing
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.source import Source
@@ -148,12 +152,20 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
+    if ranks.several and options.resq is not None:
+        raise OptionError(
+            f"--method {options.method}: not with {ranks.count} processes yet\n"
+            "  convert in one process"
+        )
     if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
         raise OptionError(
             f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
             "cannot share yet\n  convert it in one process"
         )
-    plan = make_plan(streamed, options, machine, measure_pace)
+    if options.resq is None:
+        plan = make_plan(streamed, options, machine, measure_pace)
+    else:
+        plan = resq_plan(streamed, options, machine)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
     return Job(options, checkpoint, streamed, plan, ranks)
@@ -269,6 +281,7 @@ class _Conversion:
     def __init__(self, job: Job, work: WorkDir, report: Reporter) -> None:
         self.job, self.work, self.report, self.ranks = job, work, report, job.ranks
         self.options, self.streamed, self.plan = job.options, job.streamed, job.plan
+        self.checkpoint = job.checkpoint
         self.bits: dict[str, int] = {}  # of linears that get more than the base's
         saved = {k: v for k, v in work.job["choices"].items() if k not in ("files", "processes")}
         self.choices = Choices(**saved)
@@ -300,17 +313,14 @@ class _Conversion:
             )
         _record_source(self.job.checkpoint.source, self.work)
         validation = max(1, round(len(tokens) * self.options.val_ratio))
+        quantizer = self._quantizer(tokens)
         stream = StreamingPass(
-            self.job.checkpoint,
+            self.checkpoint,
             self.streamed,
             tokens,
             self.work,
             StreamOptions(
-                build_quantizer(
-                    self.options.quantizer,
-                    clip=self.options.clip,
-                    layer_steps=self.options.layer_steps,
-                ),
+                quantizer,
                 self.options.spec_for,
                 self.choices.batch_rows,
                 train_rows=len(tokens) - validation,
@@ -348,15 +358,8 @@ class _Conversion:
             quality["bits"] = self._choose_bits()
             self.bits = quality["bits"]["chosen"]
             self.plan = self.plan.with_bits(self.bits)
-        recipe = {
-            **self.options.recorded(),
-            "train": self.options.trains,
-            "learning_rate": self.choices.learning_rate,
-            "scales_learning_rate": self.choices.scales_learning_rate,
-        }
-        if self.plan.experts:  # as the memory allowed
-            recipe["trains_experts"] = self.choices.trains_experts
-        quantization = self.plan.quantization(recipe, self.options.bits, self.options.group_size)
+        recipe = self._recipe()
+        quantization = self._quantization(recipe)
         trained: dict[str, Tensor] = {}
         if training:
             if not (ready := self.work.stage("trained")):
@@ -370,6 +373,43 @@ class _Conversion:
         if self.ranks.first:
             self._write(trained, quantization, data, quality, recipe, fingerprint)
         return quality
+
+    def _quantizer(self, tokens: Tensor) -> Quantizer | LayerQuantizer | LayerMethod:
+        """What quantizes the layers; of ResQ, they are then those of a rotated checkpoint."""
+        o = self.options
+        if o.resq is None:
+            return build_quantizer(o.quantizer, clip=o.clip, layer_steps=o.layer_steps)
+        base = make_base(
+            self.checkpoint,
+            self.streamed,
+            tokens,
+            self.work,
+            o.resq,
+            seed=o.seed,
+            rows=RowsAtOnce(self.choices.batch_rows, self.choices.micro_batch),
+            report=self.report,
+        )
+        self.checkpoint, self.streamed = base.checkpoint, base.streamed
+        return base.layers
+
+    def _recipe(self) -> dict[str, Any]:
+        """What was asked for, and what was chosen, for `rilq.json`."""
+        recipe = self.options.recorded()
+        if self.options.resq is not None:
+            return recipe
+        recipe |= {
+            "train": self.options.trains,
+            "learning_rate": self.choices.learning_rate,
+            "scales_learning_rate": self.choices.scales_learning_rate,
+        }
+        if self.plan.experts:  # as the memory allowed
+            recipe["trains_experts"] = self.choices.trains_experts
+        return recipe
+
+    def _quantization(self, recipe: Mapping[str, Any]) -> RilqConfig | ResqConfig:
+        if self.options.resq is not None:
+            return resq_config(self.options.resq, self.streamed.config.intermediate_size, recipe)
+        return self.plan.quantization(recipe, self.options.bits, self.options.group_size)
 
     def _choose_bits(self) -> dict[str, Any]:
         """Which linears get more bits, once and for all; facts for `rilq.json`."""
@@ -456,7 +496,9 @@ class _Conversion:
         """Whether what is trained goes into the base; a plain LoRA stays beside it."""
         return self.adapter_spec is None or self.adapter_spec.kind == "pooled"
 
-    def _student(self, parts: QuantizedParts, quantization: RilqConfig, *, train: Train) -> Student:
+    def _student(
+        self, parts: QuantizedParts, quantization: RilqConfig | ResqConfig, *, train: Train
+    ) -> Student:
         return Student(
             self.streamed.config,
             quantization,
@@ -476,7 +518,7 @@ class _Conversion:
         stream: StreamingPass,
         tokens: Tensor,
         validation: int,
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         rows: RowsAtOnce,
     ) -> None:
         """Train, keep the best values, and measure what merging them changes."""
@@ -582,7 +624,7 @@ class _Conversion:
     def _kept_figures(
         self,
         best: Mapping[str, Tensor],
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         measured: Callable[[Student], tuple[tuple[float, float], float]],
     ) -> dict[str, Any]:
         """The integer base as it will be stored, with its adapter beside it and alone."""
@@ -627,7 +669,7 @@ class _Conversion:
     def _write(
         self,
         trained: dict[str, Tensor],
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         data: dict[str, Any],
         quality: dict[str, Any],
         recipe: dict[str, Any],
@@ -652,13 +694,14 @@ class _Conversion:
             **self._processes(),
             "bits_per_weight": self.plan.bits_per_weight,
             "bits_per_parameter": self.plan.bits_per_parameter,
+            **self._run_time_bits(),
             "kept_in_16_bits": dict(self.job.plan.kept),
             "calibration": data,
             "quality": quality,
         }
         write_output(
             parts,
-            self.job.checkpoint,
+            self.checkpoint,
             self.work.own(),
             output=self.options.output,
             quantization=quantization,
@@ -668,6 +711,11 @@ class _Conversion:
             integer_base=integer_base,
             report=self.report,
         )
+
+    def _run_time_bits(self) -> dict[str, float]:
+        """Of a method that quantizes activations and the cache too, by name."""
+        bits = self.plan.run_time_bits
+        return {} if bits is None else asdict(bits)
 
     def _processes(self) -> dict[str, Any]:
         """Of a job of several processes, how many began it, and ended it if they were others."""

@@ -44,6 +44,7 @@ from rilq.converter.options import (
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.converter.pace import Measure, Pace, Work
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
+from rilq.converter.resq.sizes import PartsSpec, RunTimeBits, parts_spec
 from rilq.converter.tiers import COPIES, OffloadSizes, pinned_bytes
 from rilq.converter.zero_point_cost import KINDS
 from rilq.errors import OptionError, OutputError
@@ -82,7 +83,7 @@ class LinearPlan:
     name: str
     out_features: int
     in_features: int
-    spec: QuantSpec | None
+    spec: QuantSpec | PartsSpec | None
     kept_because: str = ""
 
 
@@ -132,6 +133,7 @@ class Plan:
             counted.
         bits_per_parameter: over all parameters of the output.
         seconds: estimate; `time_basis` says from what.
+        run_time_bits: of a method that quantizes activations and the cache too.
     """
 
     model: str
@@ -162,6 +164,7 @@ class Plan:
     seconds: float
     time_basis: str
     notes: tuple[str, ...]
+    run_time_bits: RunTimeBits | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values, with full words."""
@@ -173,7 +176,7 @@ class Plan:
         quantized = tuple(
             replace(p, spec=replace(p.spec, bits=chosen.get(p.name, p.spec.bits)))
             for p in self.quantized
-            if p.spec
+            if isinstance(p.spec, QuantSpec)
         )
         bits = _stored_bits(quantized)
         output = self.output_bytes - bound // 8 + bits // 8
@@ -199,7 +202,9 @@ class Plan:
             embed_bits=self.embed_bits,
             head_bits=self.head_bits,
             bits_for={
-                p.name: p.spec.bits for p in self.quantized if p.spec and p.spec.bits != bits
+                p.name: p.spec.bits
+                for p in self.quantized
+                if isinstance(p.spec, QuantSpec) and p.spec.bits != bits
             },
             recipe=recipe,
             format_version=EXPERTS_FORMAT_VERSION if self.experts else None,
@@ -247,7 +252,8 @@ def make_plan(
     beside = _beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
     # On its way to being rotated, a tensor is in memory beside the others.
-    rotating = max(t.nbytes for t in checkpoint.tensors.values()) if options.rotate else 0
+    rotates = options.rotate or options.resq is not None
+    rotating = max(t.nbytes for t in checkpoint.tensors.values()) if rotates else 0
     pace = measure and measure(_work(quantized, choices, sizes), options, machine, checkpoint)
     seconds, basis = _time(sizes, options, machine, validation, rows, pace)
     return Plan(
@@ -280,7 +286,7 @@ def make_plan(
         time_basis=basis,
         notes=_notes(options, adapted, beside)
         + _expert_notes(options, choices, sizes.experts)
-        + (_untied(streamed) if options.rotate else ()),
+        + (_untied(streamed) if rotates else ()),
     )
 
 
@@ -623,9 +629,10 @@ def _offload_sizes(
         size = sum(tensors[n].nbytes for n in names if n not in linears)
         for p in own:
             assert p.spec is not None, "a quantized linear without a spec"
-            bits = p.spec.bits if options.avg_bits is None else MOST_AVERAGE_BITS
-            size += p.out_features * p.in_features * bits // 8
-            size += 4 * p.out_features * (p.in_features // p.spec.group_size)
+            spec = p.spec
+            if options.avg_bits is not None and isinstance(spec, QuantSpec):
+                spec = replace(spec, bits=MOST_AVERAGE_BITS)
+            size += int(p.out_features * p.in_features * spec.bits_per_weight) // 8
         stored.append(size)
         grids.append([_grid_values(p, options) for p in own])
         values += sum(_trained_values(p, options, adapters) for p in own)
@@ -643,7 +650,8 @@ def _stored_bits(linears: Iterable[LinearPlan], average: float | None = None) ->
     """Bits of codes, scales and zero-points; with an average, the most that it allows."""
     linears = tuple(linears)
     stored = sum(p.out_features * p.in_features * p.spec.bits_per_weight for p in linears if p.spec)
-    bases = [p.spec.bits for p in linears if p.spec]  # with an average, all of them the same
+    # With an average, all of them are the same.
+    bases = [p.spec.bits for p in linears if isinstance(p.spec, QuantSpec)]
     more = budget(_weights(linears), bases[0], average) if average is not None and bases else 0
     return int(stored) + more
 
@@ -677,7 +685,9 @@ def _linears(streamed: StreamedModel, options: ConvertOptions) -> list[LinearPla
     plans = []
     for index in range(len(streamed.layers)):
         for name, module in streamed.linears(index).items():
-            spec = options.spec_for(name)
+            spec: QuantSpec | PartsSpec | None = options.spec_for(name)
+            if options.resq is not None:
+                spec = parts_spec(options.resq, streamed.config, name, module.in_features)
             pattern = next((p for p in options.skip if matches(p, name)), "")
             why = "" if spec else "router" if is_router(name) else f"--skip {pattern}"
             plans.append(LinearPlan(name, module.out_features, module.in_features, spec, why))
@@ -696,7 +706,8 @@ def _linears(streamed: StreamedModel, options: ConvertOptions) -> list[LinearPla
 def _check(
     options: ConvertOptions, quantized: tuple[LinearPlan, ...], rows: int, validation: int
 ) -> None:
-    ragged = [p for p in quantized if p.in_features % options.group_size]
+    grouped = [p for p in quantized if isinstance(p.spec, QuantSpec)]
+    ragged = [p for p in grouped if p.in_features % options.group_size]
     if ragged:
         widths = {p.in_features for p in ragged}
         legal = [g for g in GROUP_SIZES if all(p.in_features % g == 0 for p in quantized)]
@@ -882,7 +893,11 @@ def _disks(
 def _work(quantized: tuple[LinearPlan, ...], choices: Choices, sizes: _Sizes) -> Work:
     """What is to be timed."""
     return Work(
-        linears=Counter(((p.out_features, p.in_features), p.spec) for p in quantized if p.spec),
+        linears=Counter(
+            ((p.out_features, p.in_features), p.spec)
+            for p in quantized
+            if isinstance(p.spec, QuantSpec)
+        ),
         tokens=choices.batch_rows * choices.seqlen,
         step_tokens=choices.micro_batch * choices.seqlen,
         tier=choices.student,

@@ -33,6 +33,7 @@ from rilq.converter.experts import (
 )
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.initial import PREFIX, InitialAdapters, adapter_tensors, corrected
+from rilq.converter.layer_method import LayerMethod, LayerToQuantize
 from rilq.converter.layer_reader import LayerReader, reading_ahead
 from rilq.converter.layers import StreamedModel, input_groups, linear_input, module_inputs
 from rilq.converter.machine import large_blocks_returned, return_free_memory
@@ -66,7 +67,8 @@ class StreamOptions:
     """What the streaming pass needs to know.
 
     Attributes:
-        quantizer: of every quantized linear.
+        quantizer: of every quantized linear; or another method, which knows by itself which
+            linears it quantizes and how.
         spec_for: full module name to spec; None leaves a linear as it is.
         batch_rows: calibration rows that run at once.
         train_rows: the first so many rows may be trained on, by quantizers that train.
@@ -82,7 +84,7 @@ class StreamOptions:
             the layer's facts.
     """
 
-    quantizer: Quantizer | LayerQuantizer
+    quantizer: Quantizer | LayerQuantizer | LayerMethod
     spec_for: Callable[[str], QuantSpec | None]
     batch_rows: int
     train_rows: int
@@ -267,10 +269,13 @@ class StreamingPass:
             if adapters:
                 paths.append(self.work.file(f"{PREFIX}{index:04d}.safetensors"))
                 self.ranks.once(partial(write_tensors, paths[1], adapter_tensors(adapters)))
-            self._use_saved(index, {n: t for each in paths for n, t in load_file(each).items()})
-            more = self._save_alternatives(index, others)
-            gains = self._gains(index, more, student, wanted)
-            student_digest, error = self._propagate_compared(index, student, next_student, wanted)
+            stored = {n: t for each in paths for n, t in load_file(each).items()}
+            with self._as_saved(index, stored) as run:
+                more = self._save_alternatives(index, others)
+                gains = self._gains(index, more, student, wanted)
+                student_digest, error = self._propagate_compared(
+                    index, run, student, next_student, wanted
+                )
             found: Mapping[str, Any] | None = None
             if self.options.after_layer is not None:
                 layer = StreamedLayer(index, tensors, saved, student, wanted)
@@ -311,11 +316,14 @@ class StreamingPass:
             All of its tensors as they will be stored; the adapters that start from something
             found here.
         """
+        quantizer = self.options.quantizer
+        if isinstance(quantizer, LayerMethod):
+            batches = partial(self._batches, student)
+            return quantizer.quantize(LayerToQuantize(index, tensors, batches)), {}
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
         kept = {n: tensors[n] for n in tensors if n.removesuffix(".weight") not in specs}
         if not specs:
             return kept, {}
-        quantizer = self.options.quantizer
         if isinstance(quantizer, LayerQuantizer):
             saved = self._train_layer(
                 quantizer, index, tensors, specs, student, wanted, others, tokens
@@ -551,10 +559,19 @@ class StreamingPass:
     def _warn(self, linears: list[str], text: str) -> None:
         self.report.warn(f"{', '.join(linears)}: {text}")
 
-    def _use_saved(self, index: int, saved: dict[str, Tensor]) -> None:
+    @contextmanager
+    def _as_saved(
+        self, index: int, saved: dict[str, Tensor]
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What runs a layer with the weights that its stored tensors stand for."""
+        if isinstance(method := self.options.quantizer, LayerMethod):
+            with method.as_saved(index, saved) as run:
+                yield run
+            return
         for name, module in self.streamed.linears(index).items():
             if (spec := self.options.spec_for(name)) is not None:
                 self._assign(module, saved, name, spec)
+        yield partial(self.streamed.run, index)
 
     def _assign(
         self, module: nn.Linear, stored: dict[str, Tensor], name: str, spec: QuantSpec
@@ -581,9 +598,14 @@ class StreamingPass:
         return writer.digest
 
     def _propagate_compared(
-        self, index: int, source: ActivationStore, target: Path, reference: ActivationStore
+        self,
+        index: int,
+        run: Callable[[Tensor], Tensor],
+        source: ActivationStore,
+        target: Path,
+        reference: ActivationStore,
     ) -> tuple[str, float]:
-        """As `_propagate`; also `|out - reference|^2 / |reference|^2` over all rows."""
+        """As `_propagate`, by `run`; also `|out - reference|^2 / |reference|^2` over all rows."""
         size = self.options.batch_rows
         errors: list[tuple[Tensor, Tensor]] = []  # asked for at the end: asking waits for a GPU
         with self._writer(target, f"quantized decoder layer {index}") as writer:
@@ -591,7 +613,7 @@ class StreamingPass:
                 source.batches(size, self.rows), reference.batches(size, self.rows), strict=True
             )
             for (_, batch), (_, wanted) in pairs:
-                out = self.streamed.run(index, self._here(batch))
+                out = run(self._here(batch))
                 wanted = self._here(wanted).float()
                 errors.append(((out.float() - wanted).square().sum(), wanted.square().sum()))
                 writer.append(out)
@@ -621,6 +643,11 @@ class StreamingPass:
         """
         made = self._written_as(self.work.stage("layers")[-1])
         return self._store(self.work.file("targets.bin"), made)
+
+    def _batches(self, states: ActivationStore) -> Iterator[Tensor]:
+        """This process's rows, on the device."""
+        for _, batch in states.batches(self.options.batch_rows, self.rows):
+            yield self._here(batch)
 
     def _here(self, batch: Tensor) -> Tensor:
         """A batch on the device; from page-locked memory it comes while others are computed."""

@@ -61,6 +61,7 @@ def conversion_found(job: Job, result: ConvertResult) -> dict[str, Any]:
             **numbers,
             "bits_per_weight": manifest["bits_per_weight"],
             "bits_per_parameter": manifest["bits_per_parameter"],
+            **{n: manifest[n] for n in ("activation_bits", "cache_bits") if n in manifest},
             "size_bytes": sum(weights),
             "bytes_read": result.bytes_read,
         },

@@ -95,25 +95,51 @@ class GptqQuantizer:
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         """Codes and scaled errors `[block, out]`, and the grid `[out, 1]` of each group."""
         codes = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-        errors = torch.empty_like(columns)
-        diagonal = U.diagonal().tolist()
         grids: list[tuple[Tensor, Tensor]] = []
-        for j in range(len(columns)):
+
+        def rounded(j: int) -> Tensor:
             if j % spec.group_size == 0:
                 group = columns[j : j + spec.group_size].T.contiguous()[:, None]  # [out, 1, size]
                 grids.append(self._grid(group, spec, U.diagonal()[j : j + spec.group_size]))
-                scale, zero_point = (part[:, 0] for part in grids[-1])
+            scale, zero_point = (part[:, 0] for part in grids[-1])
             code = nearest_codes(columns[j][:, None], scale, zero_point, spec)[:, 0]
             codes[j] = code
-            value = (code - zero_point.to(torch.float32)) * scale.to(torch.float32)
-            errors[j] = (columns[j] - value) / diagonal[j]
-            columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
-        return codes, errors, grids
+            return (code - zero_point.to(torch.float32)) * scale.to(torch.float32)
+
+        return codes, round_in_turn(columns, U, rounded), grids
 
     def _grid(self, group: Tensor, spec: QuantSpec, diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero-point `[out, 1]` of one group `[out, 1, group_size]`."""
         if self.clip != "lsq":
             return start_grid(group, spec, self.clip)
-        # An error at column j costs error^2 / U[j, j]^2 once later columns have made up for it.
-        importance = diagonal.reciprocal().square()
-        return start_grid(group, spec, self.clip, (importance / importance.mean())[None])
+        return start_grid(group, spec, self.clip, column_importance(diagonal)[None])
+
+
+def round_in_turn(columns: Tensor, U: Tensor, rounded: Callable[[int], Tensor]) -> Tensor:
+    """Round columns one after another; those still to come make up for the error of each.
+
+    Args:
+        columns: `[block, out]` float32, one column of the weight to a row; changed.
+        U: `[block, block]`, the block's part of `inverse_factor`.
+        rounded: the value `[out]` that stands for column `j`, as `columns[j]` is by then.
+
+    Returns:
+        The errors `[block, out]`, each divided by its diagonal of `U`: what the columns after the
+        block are to make up for.
+    """
+    errors = torch.empty_like(columns)
+    diagonal = U.diagonal().tolist()
+    for j in range(len(columns)):
+        errors[j] = (columns[j] - rounded(j)) / diagonal[j]
+        columns[j + 1 :].addr_(U[j, j + 1 :], errors[j], alpha=-1)
+    return errors
+
+
+def column_importance(diagonal: Tensor) -> Tensor:
+    """What an error of each column costs once later columns have made up for it; 1 on average.
+
+    Args:
+        diagonal: of `inverse_factor`, of some columns.
+    """
+    importance = diagonal.reciprocal().square()
+    return importance / importance.mean()

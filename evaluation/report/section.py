@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rilq.evaluation.figures import Evaluation, Generation, WorstPassage
 from rilq.evaluation.report.comparison import Plot
@@ -114,6 +115,9 @@ def _about(subject: Subject) -> str:
     if subject.model:
         parts.append(f"made from {subject.model}" if subject.recipe else subject.model)
     recipe = subject.recipe
+    if {"method", "low_bits", "quantizer"} <= recipe.keys():
+        parts.append(f"{recipe['method']}, {_levels(recipe)}")
+        parts.append(f"quantizer {recipe['quantizer']}")
     if {"bits", "group_size", "quantizer"} <= recipe.keys():
         parts.append(f"{recipe['bits']} bits in groups of {recipe['group_size']}")
         parts.append(f"quantizer {recipe['quantizer']}")
@@ -122,6 +126,16 @@ def _about(subject: Subject) -> str:
     if subject.started is not None:
         parts.append(when(subject.started))
     return " · ".join(parts)
+
+
+def _levels(recipe: Mapping[str, Any]) -> str:
+    """Bits of the parts of ResQ or a baseline of it."""
+    levels = [f"{recipe['low_bits']} bits"]
+    if share := recipe.get("high_fraction"):
+        levels.append(f"{recipe['high_bits']} in {share:g} of the channels")
+        if lowest := recipe.get("lowest_bits"):
+            levels.append(f"{lowest} in as many")
+    return ", ".join(levels)
 
 
 def _verdict(subject: Subject) -> str:

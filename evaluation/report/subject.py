@@ -181,6 +181,8 @@ def _layer_bits(folder: Path, manifest: Mapping[str, Any]) -> dict[int, float]:
             if match and len(info.shape) == 2:
                 elements = info.shape[0] * info.shape[1]
                 sizes.setdefault(int(match[1]), []).append((tensor, info.nbytes, elements))
+    if "method" in manifest["recipe"]:  # all layers alike, in parts instead of groups
+        return dict.fromkeys(sizes, float(manifest["bits_per_weight"]))
     group_size, found = int(manifest["recipe"]["group_size"]), {}
     for layer, tensors in sizes.items():
         scales = {name for name, _, _ in tensors if name.endswith(".weight_scale")}

@@ -4,11 +4,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from mixture_examples import MIXTURES
+from rotation_examples import MODELS, TOKENS, WEIGHTS, Folders, edit, logits, opened
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -18,29 +18,9 @@ from rilq.converter.hadamard import Rotation, random_rotation
 from rilq.converter.layers import StreamedModel
 from rilq.converter.rotation import EMBEDDING, FINAL_NORM, HEAD, ROTATABLE, RotatedCheckpoint
 from rilq.errors import CheckpointError, NonFiniteError, UnsupportedArchitectureError
-from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.shard import tensor_hash
-from rilq.formats.source import LocalFolder
 
-WEIGHTS = "model.safetensors"
-TOKENS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 SEED = 7
-
-# Name to model_type and what differs from the tiny config in conftest.py.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "llama, every bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama, one KV head": ("llama", {"num_key_value_heads": 1}),
-    "llama, one KV head per head": ("llama", {"num_key_value_heads": 4}),
-    "llama, 12 x 4 and 12": ("llama", {"hidden_size": 48, "head_dim": 12}),
-    "llama, 4 x 43 and 2 x 7": ("llama", {"hidden_size": 172, "head_dim": 14}),
-    "mistral": ("mistral", {"sliding_window": 8}),
-    "qwen2": ("qwen2", {}),
-    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
-    "phi3": ("phi3", {}),
-}
 REFUSED = sorted(SUPPORTED.keys() - set(ROTATABLE))
 
 
@@ -48,50 +28,11 @@ REFUSED = sorted(SUPPORTED.keys() - set(ROTATABLE))
 def folder_of(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
 ) -> Callable[[str], Path]:
-    """The folder of one of `MODELS` with wild norms and biases; tests must not change it."""
-    root = tmp_path_factory.mktemp("models")
-
-    def make(name: str) -> Path:
-        model_type, overrides = MODELS[name]
-        if not (root / name).exists():
-            make_model(root / name, model_type, **overrides)
-            edit(root / name, wild)
-        return root / name
-
-    return make
-
-
-def edit(folder: Path, change: Callable[[str, Tensor], Tensor | None]) -> None:
-    """Rewrite all tensors; those that become None are left out."""
-    changed = {n: change(n, t) for n, t in load_file(folder / WEIGHTS).items()}
-    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
-    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def wild(name: str, tensor: Tensor) -> Tensor:
-    """Norm weights from 0.2 to 3 and biases of size 1: what a wrong fold cannot survive."""
-    draw = torch.Generator().manual_seed(len(name))
-    if name.endswith("norm.weight"):
-        return 0.2 + 2.8 * torch.rand(tensor.shape, generator=draw)
-    return torch.randn(tensor.shape, generator=draw) if name.endswith(".bias") else tensor
-
-
-def opened(folder: Path) -> Checkpoint:
-    return Checkpoint.open(LocalFolder(folder))
+    return Folders(tmp_path_factory.mktemp("models"), make_model)
 
 
 def rotated(folder: Path, seed: int = SEED) -> RotatedCheckpoint:
     return RotatedCheckpoint(opened(folder), seed=seed)
-
-
-def logits(config: PretrainedConfig, tensors: dict[str, Tensor]) -> Tensor:
-    """Of transformers' own model, in float64 but for its norms."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-    if config.tie_word_embeddings:
-        tensors = {HEAD: tensors[EMBEDDING], **tensors}
-    model.load_state_dict(tensors)
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
 
 
 def turns(config: PretrainedConfig) -> tuple[Tensor, Tensor]:

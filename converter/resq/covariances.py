@@ -1,0 +1,258 @@
+"""The first pass of ResQ: what the bases are made from, of the full-precision model.
+
+Each decoder layer is read once and run over the calibration rows, and is one unit of work: a
+stopped pass goes on after the last finished layer, with the same sums to the last bit. Products are
+made and summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rilq.calib.activations import ActivationStore, ActivationWriter
+from rilq.calib.statistics import HessianSum
+from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
+from rilq.converter.layer_reader import LayerReader, reading_ahead
+from rilq.converter.layers import StreamedModel
+from rilq.converter.machine import large_blocks_returned, return_free_memory
+from rilq.converter.resq.basis import Covariances
+from rilq.converter.workdir import WorkDir
+from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.shard_writer import write_tensors
+from rilq.formats.verify import file_hash
+from rilq.progress import Reporter
+
+STAGE = "covariances"
+# The norms whose outputs, without their weights, are what U_A turns.
+NORMS = ("input_layernorm", "post_attention_layernorm")
+ATTENTION = "self_attn"
+
+
+@dataclass
+class LayerSums:
+    """Sums over one decoder layer's calibration tokens.
+
+    Attributes:
+        residual: of the inputs of q/k/v_proj and gate/up_proj with the norms' weights divided out.
+        values: of the outputs of v_proj, one sum for each KV head.
+        keys: of the keys of all KV heads, after their position is rotated in.
+    """
+
+    residual: HessianSum
+    values: list[HessianSum]
+    keys: HessianSum
+
+    @classmethod
+    def zero(cls, hidden: int, kv_heads: int, head_dim: int, device: torch.device) -> LayerSums:
+        new = partial(HessianSum, device=device, dtype=torch.float64)
+        return cls(new(hidden), [new(head_dim) for _ in range(kv_heads)], new(head_dim))
+
+    def add_keys_and_values(self, keys: Tensor, values: Tensor) -> None:
+        """Add those of some rows, each `[rows, kv_heads, seq_len, head_dim]`."""
+        self.keys.add(keys)
+        for head, total in enumerate(self.values):
+            total.add(values[:, head])
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Stands in for a cache: is shown the keys and values of a call, and gives them back."""
+
+    show: Callable[[Tensor, Tensor], None]
+    layers: list[Any] = field(default_factory=list)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.show(keys, values)
+        return keys, values
+
+
+@contextmanager
+def watched(layer: nn.Module, sums: LayerSums) -> Iterator[None]:
+    """While a loaded decoder layer runs, what passes through it is added to `sums`."""
+
+    def normalized(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # As the norm itself does it: in float32, before its weight.
+        hidden = args[0].float()
+        mean = hidden.square().mean(-1, keepdim=True)
+        sums.residual.add(hidden * torch.rsqrt(mean + norm.variance_epsilon))
+
+    def attended(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": _Seen(sums.add_keys_and_values)}
+
+    with ExitStack() as stack:
+        for name in NORMS:
+            handle = layer.get_submodule(name).register_forward_pre_hook(normalized)
+            stack.callback(handle.remove)
+        attention = layer.get_submodule(ATTENTION)
+        stack.callback(attention.register_forward_pre_hook(attended, with_kwargs=True).remove)
+        yield
+
+
+class CovariancePass:
+    """Streams the full-precision checkpoint once; every decoder layer is one unit of work.
+
+    Args:
+        checkpoint: the source.
+        streamed: its model, nothing loaded yet.
+        tokens: calibration rows `[rows, seq_len]` int64.
+        work: where sums and hidden states go, and what is done already.
+        rows: that run at once.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        streamed: StreamedModel,
+        tokens: Tensor,
+        work: WorkDir,
+        rows: RowsAtOnce,
+        report: Reporter,
+    ) -> None:
+        self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
+        self.work, self.rows, self.report = work, rows, report
+        self.layers = len(streamed.layers)
+
+    @torch.no_grad()
+    @large_blocks_returned()
+    def run(self) -> Covariances:
+        """Do what is not done yet."""
+        done = len(self.work.stage(STAGE))
+        self.report.stage(STAGE, self.layers, "layer")
+        if done <= self.layers:
+            self._stream(done)
+            self.streamed.unload()
+        return self._means()
+
+    def _stream(self, done: int) -> None:
+        outer, *layers = self.streamed.reading_steps()
+        left = layers[max(0, done - 1) :]
+        with reading_ahead(
+            self.checkpoint,
+            [outer, *left],
+            budget=max(map(self.checkpoint.nbytes, layers)),
+            pinned=self.streamed.device.type == "cuda",
+        ) as reader:
+            self._begin(done)
+            reader.advance()
+            reader.start(left)
+            self._layers(max(0, done - 1), reader)
+
+    def _begin(self, done: int) -> None:
+        """What the layers are called with, and the first hidden states."""
+        names = self.streamed.outer_names()
+        self.streamed.load_outer(self.checkpoint.read(names))
+        self.streamed.check_tied()
+        self.streamed.prepare(self.tokens.shape[1])
+        if not done:
+            self._recovering(partial(self._embedding, names))
+        self.streamed.drop_embeddings()
+
+    def _embedding(self, names: list[str], size: int) -> None:
+        path = self._states(0)
+        with self._writer(path, "the embedding") as writer:
+            for start in range(0, len(self.tokens), size):
+                writer.append(self.streamed.embed(self.tokens[start : start + size]))
+        facts = {"source": self._hashes(names)}
+        self.work.commit(STAGE, "embedding", facts, passing={path: writer.digest})
+
+    def _layers(self, first: int, reader: LayerReader) -> None:
+        self.report.step(first)
+        for index in range(first, self.layers):
+            tensors = self.streamed.layer_tensors(index, reader.take())
+            self._recovering(partial(self._layer, index, tensors))
+            reader.advance()
+            self.report.step(index + 1)
+
+    def _layer(self, index: int, tensors: Mapping[str, Tensor], size: int) -> None:
+        """Stream one decoder layer; what comes out of the last one is needed by nobody."""
+        config, device = self.streamed.config, self.streamed.device
+        heads = self.streamed.layers[index].get_submodule(ATTENTION)
+        sums = LayerSums.zero(
+            config.hidden_size, config.num_key_value_heads, int(heads.head_dim), device
+        )
+        source, target = self._store(index), self._states(index + 1)
+        passing: dict[Path, str] = {}
+        with self.streamed.loaded(index, tensors) as layer, watched(layer, sums):
+            outputs = (
+                self.streamed.run(index, batch.to(device, non_blocking=True))
+                for _, batch in source.batches(size)
+            )
+            if index + 1 < self.layers:
+                with self._writer(target, f"decoder layer {index}") as writer:
+                    for out in outputs:
+                        writer.append(out)
+                passing[target] = writer.digest
+            else:
+                for _ in outputs:
+                    pass
+        residual, heads_file = self._residual(index), self._heads(index)
+        total = sums.residual.take().cpu()
+        if index:
+            total += load_file(self._residual(index - 1))["residual"]
+        write_tensors(residual, {"residual": total})
+        passing[residual] = file_hash(residual)
+        values = torch.stack([each.value() for each in sums.values])
+        write_tensors(heads_file, {"values": values.cpu(), "keys": sums.keys.value().cpu()})
+        return_free_memory()
+        self.work.commit(
+            STAGE,
+            f"layer {index}",
+            {"source": self._hashes(list(tensors))},
+            files={heads_file: file_hash(heads_file)},
+            passing=passing,
+        )
+
+    def _means(self) -> Covariances:
+        """All layers have the same number of tokens, so the mean of their means is the mean."""
+        heads = [load_file(self._heads(index)) for index in range(self.layers)]
+        return Covariances(
+            load_file(self._residual(self.layers - 1))["residual"] / self.layers,
+            torch.stack([each["values"] for each in heads]),
+            torch.stack([each["keys"] for each in heads]),
+        )
+
+    def _recovering(self, unit: Callable[[int], None]) -> None:
+        """Do one unit, with fewer rows at once where memory asks for it."""
+        with_fewer_rows(
+            "the covariances",
+            self.rows,
+            lambda rows: unit(rows.batch_rows),
+            self.work,
+            self.report,
+        )
+
+    def _residual(self, index: int) -> Path:
+        """The sum over decoder layers `0 .. index` of their means."""
+        return self.work.file(f"residual-{index:04d}.safetensors")
+
+    def _heads(self, index: int) -> Path:
+        return self.work.file(f"heads-{index:04d}.safetensors")
+
+    def _states(self, index: int) -> Path:
+        return self.work.file(f"plain-{index:04d}.bin")
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        rows, seqlen = self.tokens.shape
+        return rows, seqlen, int(self.streamed.config.hidden_size)
+
+    def _store(self, index: int) -> ActivationStore:
+        pinned = self.streamed.device.type == "cuda"
+        return ActivationStore(self._states(index), self._shape, self.streamed.dtype, pinned=pinned)
+
+    def _writer(self, path: Path, label: str) -> ActivationWriter:
+        return ActivationWriter(path, self._shape, self.streamed.dtype, label=label)
+
+    def _hashes(self, names: list[str]) -> dict[str, str]:
+        return {name: self.checkpoint.hashes[name] for name in names}
