@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rilq.evaluation.figures import Evaluation, Generation, WorstPassage
+from rilq.evaluation.figures import SIXTEEN, Evaluation, Generation, WorstPassage
 from rilq.evaluation.report.comparison import Plot
 from rilq.evaluation.report.plots import kl_plot, layers_plot, loss_plot, timeline_plot
 from rilq.evaluation.report.subject import Subject
@@ -167,9 +167,12 @@ def _tiles(subject: Subject) -> Iterator[Tile]:
         yield from _measured_tiles(found)
     if subject.bits_per_weight is not None:
         yield Tile("Bits per weight", f"{subject.bits_per_weight:.2f}", "codes and scales")
-    if found is not None and (found.activation_bits, found.cache_bits) != (16, 16):
-        yield Tile("Bits per activation", f"{found.activation_bits:.2f}", "codes")
-        yield Tile("Bits per cached value", f"{found.cache_bits:.2f}", "codes and scales")
+    for title, bits, counted in (
+        ("Bits per activation", subject.activation_bits, "codes"),
+        ("Bits per cached value", subject.cache_bits, "codes and scales"),
+    ):
+        if bits is not None and bits != SIXTEEN:
+            yield Tile(title, f"{bits:.2f}", counted)
     if subject.size_bytes is not None:
         yield Tile("Size", gigabytes(subject.size_bytes), "of all weights")
     if found is not None and (speed := found.speed) is not None:

@@ -120,6 +120,23 @@ def test_with_a_cache_a_model_computes_what_it_does_without(
         assert torch.equal(logits(model, far, use_cache=False)[:, -1], without[:, -1])
 
 
+@pytest.mark.parametrize(("head_dim", "most"), [(128, 0.32), (32, 0.42)])
+@torch.no_grad()
+def test_a_cache_takes_a_third_of_the_memory_of_sixteen_bits(
+    head_dim: int, most: float, make_example: Callable[..., Example]
+) -> None:
+    sizes = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048)
+    example = make_example(head_dim=head_dim, num_hidden_layers=1, **sizes)
+    tokens = torch.randint(3, 320, (1, 2048), generator=torch.Generator().manual_seed(0))
+    cache = load(example.folder)(tokens, use_cache=True).past_key_values
+    plain = example.dense(tokens, use_cache=True).past_key_values
+    sixteen_bits = sum(t.numel() * 2 for each in plain.layers for t in (each.keys, each.values))
+    assert cache.nbytes / sixteen_bits <= most
+    # Nothing else is kept, such as a larger tensor behind a view.
+    kept = [t for layer in cache.codes for s in layer.packed for t in s.tensors()]
+    assert sum(t.untyped_storage().nbytes() for t in kept) == cache.nbytes
+
+
 @pytest.mark.parametrize("rotations", ["AB", "ABC", "ABD"])
 @torch.no_grad()
 def test_any_rotation_can_be_left_out(rotations: str, make_example: Callable[..., Example]) -> None:
