@@ -237,6 +237,19 @@ def test_a_bare_decoder_loads_too(example: Example, model: PreTrainedModel) -> N
     assert isinstance(found.past_key_values, ResqCache)
 
 
+def test_layers_may_wait_on_disk(example: Example, model: PreTrainedModel, tmp_path: Path) -> None:
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
+    places |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    try:
+        apart = load(
+            example.folder, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+        )
+    except ValueError as err:
+        pytest.skip(f"refused, as it must be with this transformers: {err}")
+    assert apart.model.layers[1].mlp.down_proj.weight.is_meta
+    assert torch.equal(logits(apart), logits(model))
+
+
 @pytest.fixture
 def copy(example: Example, tmp_path: Path) -> Path:
     """A copy of the example, to be damaged."""
