@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from rilq.evaluation.figures import SIXTEEN, Evaluation, Generation, WorstPassage
+from rilq.evaluation.recipes import levels
 from rilq.evaluation.report.comparison import Plot
 from rilq.evaluation.report.plots import kl_plot, layers_plot, loss_plot, timeline_plot
 from rilq.evaluation.report.subject import Subject
@@ -116,7 +116,7 @@ def _about(subject: Subject) -> str:
         parts.append(f"made from {subject.model}" if subject.recipe else subject.model)
     recipe = subject.recipe
     if {"method", "low_bits", "quantizer"} <= recipe.keys():
-        parts.append(f"{recipe['method']}, {_levels(recipe)}")
+        parts.append(f"{recipe['method']}, {levels(recipe)}")
         parts.append(f"quantizer {recipe['quantizer']}")
     if {"bits", "group_size", "quantizer"} <= recipe.keys():
         parts.append(f"{recipe['bits']} bits in groups of {recipe['group_size']}")
@@ -126,16 +126,6 @@ def _about(subject: Subject) -> str:
     if subject.started is not None:
         parts.append(when(subject.started))
     return " · ".join(parts)
-
-
-def _levels(recipe: Mapping[str, Any]) -> str:
-    """Bits of the parts of ResQ or a baseline of it."""
-    levels = [f"{recipe['low_bits']} bits"]
-    if share := recipe.get("high_fraction"):
-        levels.append(f"{recipe['high_bits']} in {share:g} of the channels")
-        if lowest := recipe.get("lowest_bits"):
-            levels.append(f"{lowest} in as many")
-    return ", ".join(levels)
 
 
 def _verdict(subject: Subject) -> str:
