@@ -48,8 +48,8 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
         ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
         *(("", f"{name}: {why}") for name, why in plan.kept[:5]),
-        ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens, "
-                        f"{plan.validation_rows} for validation"),
+        ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens"
+                        + (f", {plan.validation_rows} for validation" if not run_time else "")),
         ("compute", f"{choices.dtype} on {choices.device}, student {choices.student}, "
                     f"micro-batch {choices.micro_batch}"),
         *_learning_rates(plan),
@@ -72,7 +72,10 @@ def _learning_rates(plan: "Plan") -> list[tuple[str, str]]:
 
 
 def _outer_bits(plan: "Plan", bits: int) -> str:
-    sizes = {p.spec.group_size for p in plan.outer if p.spec and p.spec.bits == bits}
+    from rilq.formats.spec import QuantSpec
+
+    specs = [p.spec for p in plan.outer if isinstance(p.spec, QuantSpec)]
+    sizes = {spec.group_size for spec in specs if spec.bits == bits}
     return "".join(f"{bits} bits, groups of {size}" for size in sizes) or "as in the source"
 
 

@@ -22,6 +22,7 @@ from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.integer_base import write_zero_points
 from rilq.formats.lora import write_peft_adapter
 from rilq.formats.native import RilqConfig
+from rilq.formats.resq.config import ResqConfig
 from rilq.formats.shard import read_header
 from rilq.formats.shard_writer import TensorLayout, write_shard
 from rilq.formats.verify import file_hash, write_manifest
@@ -129,7 +130,7 @@ def write_output(
     work: WorkDir,
     *,
     output: Path,
-    quantization: RilqConfig,
+    quantization: RilqConfig | ResqConfig,
     max_shard_size: int,
     manifest: Mapping[str, Any],
     lora: tuple[AdapterSpec, Mapping[str, Tensor]] | None,

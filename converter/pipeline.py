@@ -72,6 +72,7 @@ from rilq.formats.resq.config import ResqConfig
 from rilq.formats.shard import listing
 from rilq.formats.shard_writer import write_tensors
 from rilq.formats.source import Source
+from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
 from rilq.formats.writer import check_output, parse_size
 from rilq.progress import Reporter
@@ -146,6 +147,8 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
             for shard in checkpoint.shards:
                 source.path(shard)
         ranks.wait()
+    if options.resq is not None:
+        refuse_fp8(checkpoint, f"--method {options.method}")
     if options.rotate:
         refuse_fp8(checkpoint)
         checkpoint = RotatedCheckpoint(checkpoint, seed=options.seed)
@@ -328,7 +331,7 @@ class _Conversion:
                 micro_batch=self.choices.micro_batch,
                 seed=self.options.seed,
                 target=self.options.target,
-                outer={p.name: p.spec for p in self.job.plan.outer if p.spec},
+                outer={p.name: s for p in self.plan.outer if isinstance(s := p.spec, QuantSpec)},
                 initial=self._initial(),
                 trains_experts=self.choices.trains_experts,
                 more_bits=self.options.more_bits,

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard
 from rilq.errors import HubError, one_line
 from rilq.evaluation.figures import Evaluation
 from rilq.evaluation.loading import NATIVE, RUNTIMES, after_export, from_hub
+from rilq.evaluation.recipes import in_parts, levels, most_bits
 from rilq.formats.export.gguf import ADAPTER_FILE
 from rilq.formats.export.kind import ExportOptions
 from rilq.formats.hub_push import WEIGHTS, LocalFile
@@ -132,7 +133,7 @@ def _fill(data: Any, facts: CardFacts, name: str) -> None:
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     tags = ["rilq", *runtime.tags]
     if facts.kind not in ("dense", "gguf"):  # which store more bits than the recipe's
-        tags.append(f"{facts.manifest['recipe']['bits']}-bit")
+        tags.append(f"{most_bits(facts.manifest['recipe'])}-bit")
     data.tags = [*(data.tags or []), *(tag for tag in tags if tag not in (data.tags or []))]
     others = [r for r in data.eval_results or [] if not (r.metric_name or "").endswith(_OURS)]
     results = [*others, *_results(facts)]
@@ -193,6 +194,17 @@ def _summary(facts: CardFacts) -> str:
             f"{apart['largest']:.2g}, and by {apart['mean']:.2g} on average; their standard "
             f"deviation is {apart['spread']:.3g}."
         )
+    if in_parts(recipe):
+        return (
+            f"{origin} in {recipe['low_bits']} bits by `--method {recipe['method']}` "
+            "([ResQ](https://arxiv.org/abs/2412.14363) and its baselines): the weights of its "
+            "decoder's linears, their inputs, keys and values are all quantized "
+            f"({levels(recipe)}). It takes {manifest['bits_per_weight']:.2f} bits per weight with "
+            f"scales, {manifest['activation_bits']:.2f} per activation, "
+            f"{manifest['cache_bits']:.2f} per value in the KV cache with scales, "
+            f"{manifest['bits_per_parameter']:.2f} per parameter of the whole file, "
+            f"{_megabytes(_weights(facts))}. Made by rilq {manifest['versions']['rilq']}."
+        )
     return (
         f"{origin} in {recipe['bits']} bits: the linears of its decoder layers are quantized in "
         f"groups of {recipe['group_size']}, "
@@ -204,7 +216,7 @@ def _summary(facts: CardFacts) -> str:
 
 def _figures(facts: CardFacts) -> str:
     figures, quality = facts.figures, facts.manifest["quality"]
-    bits = facts.manifest["recipe"]["bits"]
+    bits = most_bits(facts.manifest["recipe"])
     compared = figures.against if figures else None
     perplexities = (
         compared.base_perplexity if compared else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,8 @@ from rilq.converter.architecture import load_config
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import large_blocks_returned, measure_machine
 from rilq.converter.pipeline import Job
-from rilq.errors import RilqError
+from rilq.converter.plan import LinearPlan
+from rilq.errors import OptionError, RilqError
 from rilq.evaluation.forward import Subject
 from rilq.evaluation.lora import find_adapter
 from rilq.evaluation.perplexity import positions
@@ -30,6 +31,7 @@ from rilq.formats.export.kind import ExportOptions
 from rilq.formats.export.kinds import check_kind, kind_of
 from rilq.formats.export.source import NativeCheckpoint, NativeForm
 from rilq.formats.hub_folder import local_folder
+from rilq.formats.spec import QuantSpec
 from rilq.formats.verify import MANIFEST_NAME, read_manifest, write_manifest
 from rilq.formats.writer import check_output, open_staging, publish
 from rilq.progress import Reporter, SilentReporter
@@ -129,12 +131,18 @@ def check_planned(job: Job, outputs: Mapping[str, Path], options: ExportOptions)
         InputError: the message names the remedy.
     """
     plan = job.plan
+    if job.options.resq is not None:
+        raise OptionError(
+            f"--export {', '.join(outputs)}: no other format can hold what --method "
+            f"{job.options.method} makes, whose inputs and cache are quantized when it runs\n"
+            "  leave out --export, or use --method rilq"
+        )
     form = NativeForm(
         label=plan.model,
         config=job.checkpoint.config,
-        linears={each.name: each.spec for each in plan.quantized if each.spec},
+        linears=_specs(plan.quantized),
         kept=tuple(name for name, _ in plan.kept),
-        outer={each.name: each.spec for each in plan.outer if each.spec},
+        outer=_specs(plan.outer),
         lora=job.options.adapter == "lora" and job.options.trains_adapters,
         recipe={**job.options.recorded(), "train": job.options.trains},
     )
@@ -143,6 +151,10 @@ def check_planned(job: Job, outputs: Mapping[str, Path], options: ExportOptions)
         check_kind(name, form, options)
         if not (output / MANIFEST_NAME).is_file():
             check_output(output, source=local, work=job.options.work)
+
+
+def _specs(linears: Iterable[LinearPlan]) -> dict[str, QuantSpec]:
+    return {each.name: s for each in linears if isinstance(s := each.spec, QuantSpec)}
 
 
 def _write_all(

@@ -169,7 +169,7 @@ class Evaluation:
         against: comparison with the base; None if there was none.
         layer_errors: relative squared error of the hidden states after each decoder layer,
             `|h - h_base|^2 / |h_base|^2`, both run from the embedding on; None without a base, or
-            where it has other layers or another hidden size.
+            where it has other layers or another hidden size, or one of both is rotated.
         worst: the worst-hit passages, the worst one first; empty without a base.
         tasks, generations, speed: where they were asked for.
         activation_bits: of an input's codes, on average over the multiplications in the decoder's

@@ -15,6 +15,7 @@ from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.layers import StreamedModel
 from rilq.errors import RilqError
 from rilq.evaluation.lora import PeftAdapter
+from rilq.formats.resq.config import ResqConfig
 from rilq.progress import Reporter
 
 LAYER_TOKENS = 4096  # tokens that run through a layer at once; more gains nothing on a CPU
@@ -40,6 +41,14 @@ class Subject:
         if self.adapter is not None:
             headers.append(self.adapter.header)
         return sum(header.file_size for header in headers)
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether its hidden states are those of its source turned by an orthogonal matrix."""
+        quantization = self.streamed.quantization
+        if isinstance(quantization, ResqConfig):
+            return "A" in quantization.rotations
+        return quantization is not None and bool(quantization.recipe.get("rotate"))
 
     def states(self, path: Path, tokens: Tensor) -> ActivationStore:
         """Hidden states of token rows `[rows, seq_len]` at one layer boundary, in this file."""

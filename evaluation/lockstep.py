@@ -163,6 +163,8 @@ class Lockstep:
         """Whether there is a base with layers and hidden states like this one's."""
         if self.base is None or runner is self.base:
             return False
+        if runner.subject.is_rotated != self.base.subject.is_rotated:
+            return False
         own, other = (each.subject.streamed for each in (runner, self.base))
         shapes = [(len(each.layers), each.config.hidden_size) for each in (own, other)]
         return shapes[0] == shapes[1]

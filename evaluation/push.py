@@ -23,6 +23,7 @@ from rilq.evaluation.push_checks import (
     check_whole,
     measured_folder,
 )
+from rilq.evaluation.recipes import in_parts
 from rilq.evaluation.reload import check_generates
 from rilq.evaluation.report.plots import loss_plot
 from rilq.evaluation.report.subject import finite_losses
@@ -135,8 +136,7 @@ def open_planned(job: Job, options: PushOptions, report: Reporter) -> Target:
     Raises:
         InputError: a push could not succeed.
     """
-    recipe = {"bits": job.options.bits, "group_size": job.options.group_size}
-    model = {"source": source_facts(job.checkpoint), "recipe": recipe}
+    model = {"source": source_facts(job.checkpoint), "recipe": job.options.recorded()}
     return open_push(options, report, model=model)
 
 
@@ -204,7 +204,8 @@ def push(
     if len(total := [point for point in losses if point.term == "total"]) > 1:
         files[CARD_PLOT] = LocalFile.of(to_png(loss_plot(total)))
     at = target.at
-    exports = {} if export else possible(NativeCheckpoint.open(folder, report).form)
+    alone = export or in_parts(manifest["recipe"])  # nothing else can be made of it
+    exports = {} if alone else possible(NativeCheckpoint.open(folder, report).form)
     facts = CardFacts(at.endpoint, at.repo_id, at.revision, manifest, told, files, figures, exports)
     card = LocalFile.of(make_card(facts, _existing_card(folder, target)).encode())
     check_tells_nothing({CARD: card}, known)

@@ -10,6 +10,7 @@ from huggingface_hub import get_token
 
 from rilq.errors import CheckpointError, OptionError
 from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.recipes import in_parts
 from rilq.formats.export.kinds import kind_of
 from rilq.formats.export.source import NativeCheckpoint
 from rilq.formats.hub_listing import some
@@ -25,12 +26,12 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocabulary.json")
 # Of rilq.json: key to the keys in it.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "source": ("name", "commit", "header_hash"),
-    "recipe": ("bits", "group_size"),
     "versions": ("rilq",),
     "calibration": ("sources", "rows", "seqlen", "digest"),
     "quality": (),
     "compute_dtype": (),
 }
+_OF_GROUPS, _OF_PARTS = ("bits", "group_size"), ("method", "low_bits")  # recipes
 _OF_NATIVE: Mapping[str, tuple[str, ...]] = {"bits_per_weight": (), "bits_per_parameter": ()}
 _OF_EXPORT: Mapping[str, tuple[str, ...]] = {
     "export": ("kind", "native", "rilq", "text", "logit_difference")
@@ -43,7 +44,13 @@ def check_told(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it does.
     """
-    needed = {**_NEEDED, **(_OF_EXPORT if "export" in manifest else _OF_NATIVE)}
+    parted = in_parts(recipe) if isinstance(recipe := manifest.get("recipe"), dict) else False
+    needed = {
+        **_NEEDED,
+        "recipe": _OF_PARTS if parted else _OF_GROUPS,
+        **(_OF_EXPORT if "export" in manifest else _OF_NATIVE),
+        **(dict.fromkeys(("activation_bits", "cache_bits"), ()) if parted else {}),
+    }
     missing = [key for key in needed if key not in manifest] + [
         f"{key}.{inner}"
         for key, wanted in needed.items()

@@ -205,7 +205,7 @@ def _branch(
 
 
 def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """By what a checkpoint is another model than a second one: base, bits, groups and format.
+    """By what a checkpoint is another model than a second one: base, method, bits, format.
 
     Args:
         manifest: `rilq.json`, or its parts `source` and `recipe`.
@@ -216,7 +216,8 @@ def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         **{shown: source.get(key) for shown, key in _TOLD_APART.items()},
-        "bits": recipe.get("bits"),
+        "method": recipe.get("method", "rilq"),
+        "bits": recipe.get("bits", recipe.get("low_bits")),
         "group size": recipe.get("group_size"),
         "format": export.get("kind", "native"),
     }

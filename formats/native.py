@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rilq.errors import CheckpointError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import separate_experts, turns_into_fused
+from rilq.formats.hf_quantizer import PackedHfQuantizer, keep_from_initializing, prefix_of
 from rilq.formats.packed_embedding import (
     RilqEmbedding,
     TiedRilqLinear,
@@ -291,27 +292,19 @@ def replace_modules(model: nn.Module, config: RilqConfig, prefix: str = "") -> l
     return replaced
 
 
-class RilqHfQuantizer(HfQuantizer):
+class RilqHfQuantizer(PackedHfQuantizer):
     """Lets `from_pretrained` load native checkpoints; it does not quantize."""
 
-    requires_calibration = True  # transformers' word for "pre-quantized checkpoints only"
     quantization_config: RilqConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        # A bare decoder (AutoModel) names its modules without the prefix that config.json has.
         if separate_experts(model) and not hasattr(HfQuantizer, "update_weight_conversions"):
             raise ValueError(
                 "this version of transformers would fuse the experts of a mixture, which packed "
                 "codes do not survive\n  upgrade transformers"
             )
-        base = getattr(model, "base_model_prefix", "")
-        prefix = base if base and not hasattr(model, base) else ""
-        replace_modules(model, self.quantization_config, prefix)
-        for module in model.modules():
-            if isinstance(module, PackedModule):
-                # What transformers has not loaded it draws from a normal distribution, codes too;
-                # weights that wait on disk for accelerate look to it as if they were missing.
-                module._is_hf_initialized = True  # type: ignore[assignment]
+        replace_modules(model, self.quantization_config, prefix_of(model))
+        keep_from_initializing(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Leave experts apart and under their stored names, where transformers would fuse them."""
@@ -320,35 +313,6 @@ class RilqHfQuantizer(HfQuantizer):
             for each in weight_conversions
             if not turns_into_fused(getattr(each, "source_patterns", ()))
         ]
-
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Turn transformers' mere report of missing tensors into an error.
-
-        Raises:
-            ValueError: tensors of quantized modules were not in the checkpoint, or codes that wait
-                on disk would not come back as they are.
-        """
-        tensors: dict[str, Tensor] = {}
-        hooked: list[tuple[str, PackedModule]] = []
-        for path, module in model.named_modules():
-            if not isinstance(module, PackedModule):
-                continue
-            if hasattr(module, "_hf_hook"):
-                # accelerate has moved the tensors, and with that removed transformers' marks.
-                hooked.append((path, module))
-            else:
-                tensors |= {f"{path}.{n}": t for n, t in module.named_parameters()}
-                tensors |= {f"{path}.{n}": t for n, t in module.named_buffers()}
-        for path, module in [pair for pair in hooked if pair[1].weight.is_meta][:1]:
-            _check_offloaded(path, module)
-        missing = [n for n, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
-        if missing:
-            shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-            raise ValueError(
-                f"tensors missing from the checkpoint ({len(missing)}): {shown}\n"
-                "  download the checkpoint again"
-            )
-        return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Replace every packed module by a dense one in `dtype`; a tied head stays tied."""
@@ -367,26 +331,6 @@ class RilqHfQuantizer(HfQuantizer):
         if tied:
             model.tie_weights()  # type: ignore[operator]
         return model
-
-    def is_serializable(self) -> bool:
-        """Yes: `save_pretrained` writes the same tensors."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Yes, with adapters: gradients pass through, the quantized weights themselves stay."""
-        return True
-
-
-def _check_offloaded(path: str, module: PackedModule) -> None:
-    # transformers 5.5 makes accelerate cast all that it reads from disk to the model's dtype; later
-    # versions keep integers. A float holds 24 bits of a word's 32: quietly another weight.
-    stored = getattr(module._hf_hook, "weights_map", None)
-    if stored is not None and (dtype := stored["weight"].dtype) != torch.int32:
-        raise ValueError(
-            f"{path}.weight: this version of transformers reads packed codes from disk as {dtype}, "
-            "which destroys them\n  upgrade transformers, or pass a device_map without disk"
-        )
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 
 from rilq.formats.packed_linear import PackedModule
+from rilq.formats.resq.linear import ResqLinear
 
 _peft_check = BaseTuner._check_merge_allowed
 
@@ -22,7 +23,7 @@ def _check_merge_allowed(tuner: Any) -> None:
     adapted = [
         name
         for name, module in tuner.model.named_modules()
-        if isinstance(getattr(module, "base_layer", None), PackedModule)
+        if isinstance(getattr(module, "base_layer", None), PackedModule | ResqLinear)
     ]
     if adapted:
         raise ValueError(

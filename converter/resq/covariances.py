@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.layer_reader import LayerReader, reading_ahead
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import large_blocks_returned, return_free_memory
-from rilq.converter.resq.basis import Covariances
+from rilq.converter.resq.basis import Covariances, Sizes
+from rilq.converter.resq.rotated import resq_sizes
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.shard_writer import write_tensors
@@ -52,9 +53,11 @@ class LayerSums:
     keys: HessianSum
 
     @classmethod
-    def zero(cls, hidden: int, kv_heads: int, head_dim: int, device: torch.device) -> LayerSums:
+    def zero(cls, sizes: Sizes, device: torch.device) -> LayerSums:
+        """Of a layer of a model of these sizes, on a device."""
         new = partial(HessianSum, device=device, dtype=torch.float64)
-        return cls(new(hidden), [new(head_dim) for _ in range(kv_heads)], new(head_dim))
+        heads = [new(sizes.head_dim) for _ in range(sizes.kv_heads)]
+        return cls(new(sizes.hidden), heads, new(sizes.head_dim))
 
     def add_keys_and_values(self, keys: Tensor, values: Tensor) -> None:
         """Add those of some rows, each `[rows, kv_heads, seq_len, head_dim]`."""
@@ -68,7 +71,6 @@ class _Seen:
     """Stands in for a cache: is shown the keys and values of a call, and gives them back."""
 
     show: Callable[[Tensor, Tensor], None]
-    layers: list[Any] = field(default_factory=list)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.show(keys, values)
@@ -83,7 +85,7 @@ def watched(layer: nn.Module, sums: LayerSums) -> Iterator[None]:
         # As the norm itself does it: in float32, before its weight.
         hidden = args[0].float()
         mean = hidden.square().mean(-1, keepdim=True)
-        sums.residual.add(hidden * torch.rsqrt(mean + norm.variance_epsilon))
+        sums.residual.add(hidden * torch.rsqrt(mean + float(norm.variance_epsilon)))  # type: ignore[arg-type]
 
     def attended(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -176,19 +178,16 @@ class CovariancePass:
 
     def _layer(self, index: int, tensors: Mapping[str, Tensor], size: int) -> None:
         """Stream one decoder layer; what comes out of the last one is needed by nobody."""
-        config, device = self.streamed.config, self.streamed.device
-        heads = self.streamed.layers[index].get_submodule(ATTENTION)
-        sums = LayerSums.zero(
-            config.hidden_size, config.num_key_value_heads, int(heads.head_dim), device
-        )
-        source, target = self._store(index), self._states(index + 1)
+        sizes, device = resq_sizes(self.streamed.config), self.streamed.device
+        sums = LayerSums.zero(sizes, device)
         passing: dict[Path, str] = {}
         with self.streamed.loaded(index, tensors) as layer, watched(layer, sums):
             outputs = (
                 self.streamed.run(index, batch.to(device, non_blocking=True))
-                for _, batch in source.batches(size)
+                for _, batch in self._store(index).batches(size)
             )
             if index + 1 < self.layers:
+                target = self._states(index + 1)
                 with self._writer(target, f"decoder layer {index}") as writer:
                     for out in outputs:
                         writer.append(out)
@@ -196,22 +195,26 @@ class CovariancePass:
             else:
                 for _ in outputs:
                     pass
-        residual, heads_file = self._residual(index), self._heads(index)
-        total = sums.residual.take().cpu()
-        if index:
-            total += load_file(self._residual(index - 1))["residual"]
-        write_tensors(residual, {"residual": total})
-        passing[residual] = file_hash(residual)
-        values = torch.stack([each.value() for each in sums.values])
-        write_tensors(heads_file, {"values": values.cpu(), "keys": sums.keys.value().cpu()})
         return_free_memory()
+        residual, heads = self._save(index, sums)
         self.work.commit(
             STAGE,
             f"layer {index}",
             {"source": self._hashes(list(tensors))},
-            files={heads_file: file_hash(heads_file)},
-            passing=passing,
+            files={heads: file_hash(heads)},
+            passing={**passing, residual: file_hash(residual)},
         )
+
+    def _save(self, index: int, sums: LayerSums) -> tuple[Path, Path]:
+        """Write a layer's means, that of the residual stream on top of those before it."""
+        residual, heads = self._residual(index), self._heads(index)
+        total = sums.residual.take().cpu()
+        if index:
+            total += load_file(self._residual(index - 1))["residual"]
+        write_tensors(residual, {"residual": total})
+        values = torch.stack([each.value() for each in sums.values])
+        write_tensors(heads, {"values": values.cpu(), "keys": sums.keys.value().cpu()})
+        return residual, heads
 
     def _means(self) -> Covariances:
         """All layers have the same number of tokens, so the mean of their means is the mean."""

@@ -95,7 +95,7 @@ def _first_pass(source: StreamedModel, plan: Plan) -> int:
     held += max(2 * batch, WRITE_BEHIND)
     running = tokens * (10 * config.hidden_size + 4 * config.intermediate_size) * item
     rows = min(tokens, ROWS_AT_ONCE) * config.hidden_size * FLOAT64 + 3 * 4 * batch // item
-    return held + running + rows + 2 * FLOAT64 * config.hidden_size**2
+    return int(held + running + rows + 2 * FLOAT64 * config.hidden_size**2)
 
 
 def _with_state(disk: Disk, state: int, output: int) -> Disk:
@@ -116,7 +116,7 @@ def _seconds(source: StreamedModel, plan: Plan, machine: Machine, *, calibrated:
         flops += 2.0 * tokens * weights
         flops += SLOWER * 2 * 2.0 * tokens * plan.layers * width**2  # both inputs of a layer
         flops += SLOWER * 10.0 * width**3  # eigenvectors
-    return flops / machine.flops
+    return float(flops / machine.flops)
 
 
 def _notes(calibrated: bool) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.figures import SIXTEEN, Evaluation
 from rilq.evaluation.report.plots import Version, versions_plot
 from rilq.evaluation.report.subject import Subject
 from rilq.evaluation.report.svg import to_svg
@@ -64,8 +64,8 @@ def _ratio(evaluation: Evaluation) -> float | None:
 
 # Left out where it is 16 everywhere.
 _RUNNING = (
-    _Column("bits per activation", _figure("activation_bits"), "{:.2f}".format, "lower"),
-    _Column("bits per cached value", _figure("cache_bits"), "{:.2f}".format, "lower"),
+    _Column("bits per activation", lambda s: s.activation_bits, "{:.2f}".format, "lower"),
+    _Column("bits per cached value", lambda s: s.cache_bits, "{:.2f}".format, "lower"),
 )
 _OF_ANY_TEXT = (
     _Column("bits per weight", lambda s: s.bits_per_weight, "{:.2f}".format, "lower"),
@@ -100,7 +100,7 @@ def _table(subjects: Sequence[Subject], marks: Sequence[str]) -> Table:
     for column in columns:
         values = [column.of(subject) for subject in subjects]
         known = [value for value in values if value is not None]
-        if not known or (column in _RUNNING and set(known) == {16}):
+        if not known or (column in _RUNNING and set(known) == {SIXTEEN}):
             continue
         shown.append(column.title)
         best = (min if column.better == "lower" else max)(known)

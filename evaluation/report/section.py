@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from rilq.evaluation.figures import Evaluation, Generation, WorstPassage
+from rilq.evaluation.figures import SIXTEEN, Evaluation, Generation, WorstPassage
+from rilq.evaluation.recipes import levels
 from rilq.evaluation.report.comparison import Plot
 from rilq.evaluation.report.plots import kl_plot, layers_plot, loss_plot, timeline_plot
 from rilq.evaluation.report.subject import Subject
@@ -116,7 +116,7 @@ def _about(subject: Subject) -> str:
         parts.append(f"made from {subject.model}" if subject.recipe else subject.model)
     recipe = subject.recipe
     if {"method", "low_bits", "quantizer"} <= recipe.keys():
-        parts.append(f"{recipe['method']}, {_levels(recipe)}")
+        parts.append(f"{recipe['method']}, {levels(recipe)}")
         parts.append(f"quantizer {recipe['quantizer']}")
     if {"bits", "group_size", "quantizer"} <= recipe.keys():
         parts.append(f"{recipe['bits']} bits in groups of {recipe['group_size']}")
@@ -126,16 +126,6 @@ def _about(subject: Subject) -> str:
     if subject.started is not None:
         parts.append(when(subject.started))
     return " · ".join(parts)
-
-
-def _levels(recipe: Mapping[str, Any]) -> str:
-    """Bits of the parts of ResQ or a baseline of it."""
-    levels = [f"{recipe['low_bits']} bits"]
-    if share := recipe.get("high_fraction"):
-        levels.append(f"{recipe['high_bits']} in {share:g} of the channels")
-        if lowest := recipe.get("lowest_bits"):
-            levels.append(f"{lowest} in as many")
-    return ", ".join(levels)
 
 
 def _verdict(subject: Subject) -> str:
@@ -167,9 +157,12 @@ def _tiles(subject: Subject) -> Iterator[Tile]:
         yield from _measured_tiles(found)
     if subject.bits_per_weight is not None:
         yield Tile("Bits per weight", f"{subject.bits_per_weight:.2f}", "codes and scales")
-    if found is not None and (found.activation_bits, found.cache_bits) != (16, 16):
-        yield Tile("Bits per activation", f"{found.activation_bits:.2f}", "codes")
-        yield Tile("Bits per cached value", f"{found.cache_bits:.2f}", "codes and scales")
+    for title, bits, counted in (
+        ("Bits per activation", subject.activation_bits, "codes"),
+        ("Bits per cached value", subject.cache_bits, "codes and scales"),
+    ):
+        if bits is not None and bits != SIXTEEN:
+            yield Tile(title, f"{bits:.2f}", counted)
     if subject.size_bytes is not None:
         yield Tile("Size", gigabytes(subject.size_bytes), "of all weights")
     if found is not None and (speed := found.speed) is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rilq.errors import CheckpointError
-from rilq.evaluation.figures import Evaluation
+from rilq.evaluation.figures import SIXTEEN, Evaluation
 from rilq.evaluation.kept_figures import kept_figures
 from rilq.formats.shard import read_header
 from rilq.formats.verify import read_manifest
@@ -38,7 +38,7 @@ class Subject:
         model: name of the full-precision model.
         started: when its conversion began, Unix time; of one that was not recorded, the evaluation.
         recipe, calibration, versions, machine: likewise.
-        bits_per_weight, size_bytes: as of `Evaluation`.
+        bits_per_weight, size_bytes, activation_bits, cache_bits: as of `Evaluation`.
         quality: further figures of `rilq.json`, by name.
         expert_tokens: of each layer with experts, the least, median and greatest number of tokens
             that one of them saw.
@@ -60,6 +60,8 @@ class Subject:
     machine: Mapping[str, Any] = field(default_factory=dict)
     bits_per_weight: float | None = None
     size_bytes: int | None = None
+    activation_bits: float | None = None
+    cache_bits: float | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
     expert_tokens: tuple[tuple[float, ...], ...] = ()
     experts_without_data: Mapping[str, int] = field(default_factory=dict)
@@ -105,6 +107,8 @@ def folder_subject(folder: Path, runs: Sequence[Run] = ()) -> Subject:
             machine=recorded.machine,
             bits_per_weight=manifest["bits_per_weight"],
             size_bytes=weights,
+            activation_bits=manifest.get("activation_bits", SIXTEEN),
+            cache_bits=manifest.get("cache_bits", SIXTEEN),
             quality={n: v for n, v in quality.items() if isinstance(v, int | float)},
             expert_tokens=tuple(map(tuple, quality.get("expert_tokens", ()))),
             experts_without_data=dict(quality.get("experts_without_data", {})),
@@ -148,6 +152,8 @@ def runs_subject(name: str, runs: Sequence[Run]) -> Subject:
         machine=first.machine if first else {},
         bits_per_weight=figures.get("bits_per_weight"),
         size_bytes=None if size is None else int(size),
+        activation_bits=figures.get("activation_bits"),
+        cache_bits=figures.get("cache_bits"),
         evaluations=tuple(found for _, found in measured.values()),
         losses=finite_losses(conversion.losses) if conversion else (),
         layers=tuple(f for f in conversion.layers if isfinite(f.error)) if conversion else (),

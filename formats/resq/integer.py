@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rilq.errors import one_line
 from rilq.formats.resq.parts import Parts
 from rilq.formats.resq.quantizer import QuantizedVectors
 
 # What cuBLAS asks of the operands of an int8 product: more than 16 rows, the rest multiples of 8.
 _LEAST_ROWS, _MULTIPLE = 17, 8
+
+
+@cache
+def integers_work(device_type: str) -> bool:
+    """Whether torch multiplies int8 matrices there; if not, a warning says so once."""
+    codes = torch.ones(_LEAST_ROWS, _MULTIPLE, dtype=torch.int8, device=device_type)
+    try:
+        integer_matmul(codes, codes)
+    except (AttributeError, RuntimeError) as err:  # torch._int_mm is no public function
+        warnings.warn(f"no products of int8, so slower: {one_line(err)}", stacklevel=2)
+        return False
+    return True
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:

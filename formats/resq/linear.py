@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from rilq.formats.packed_linear import KeptBuffers
 from rilq.formats.resq.hadamard import kronecker_apply
-from rilq.formats.resq.integer import integer_product
+from rilq.formats.resq.integer import integer_product, integers_work
 from rilq.formats.resq.parts import Parts
 from rilq.formats.resq.quantizer import quantize_dequantize, quantize_vectors
 from rilq.formats.resq.weight import dense_weight, unpack_weight, words_of
@@ -136,7 +136,7 @@ class ResqLinear(QuantizedInputLinear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        if x.is_cuda and self.quantizes and not wants_gradient and hasattr(torch, "_int_mm"):
+        if x.is_cuda and self.quantizes and not wants_gradient and integers_work("cuda"):
             return self.forward_in_integers(x)
         return super().forward(x)
 

@@ -51,10 +51,10 @@ def dense_weight(
     codes: Tensor, scale: Tensor, parts: Parts, heads: int, dtype: torch.dtype
 ) -> Tensor:
     """`scale * code`, computed in float32: see `ResqWeight`."""
-    widths = torch.tensor(parts.widths, device=scale.device)
-    columns = scale.float().repeat_interleave(widths, 1, output_size=parts.size)
-    weight = codes.reshape(len(codes), heads, parts.size).float() * columns[:, None]
-    return weight.flatten(1).to(dtype)
+    by_head = codes.reshape(len(codes), heads, parts.size).split(parts.widths, -1)
+    steps = scale.float()[:, :, None, None].unbind(1)
+    split = [own.float().mul_(step).to(dtype) for own, step in zip(by_head, steps, strict=True)]
+    return torch.cat(split, -1).flatten(1)
 
 
 def words_of(parts: Parts, heads: int) -> list[int]:
@@ -118,7 +118,8 @@ def unpack_weight(words: Tensor, parts: Parts, heads: int) -> Tensor:
     split = words.split(words_of(parts, heads), 1)
     for bits, width, part in zip(parts.bits, parts.widths, split, strict=True):
         stored = unpack(part, bits, part.shape[1] * WORD // bits)[:, : heads * width]
-        signed = (stored.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        # The bytes of 128 .. 255 are those of -128 .. -1, and int8 is added modulo 256.
+        signed = stored.view(torch.int8) + -(2 ** (bits - 1))
         codes.append(signed.unflatten(1, (heads, width)))
     return torch.cat(codes, -1).flatten(1)
 

@@ -1,6 +1,8 @@
 """ResQ checkpoints are measured as they run, with the bits that they spend."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pat
 
 @pytest.fixture(scope="module")
 def resq(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Example:
-    return make_resq(base, tmp_path_factory.mktemp("resq") / "resq", ResqConfig(hadamard=HADAMARD))
+    config = ResqConfig(hadamard=HADAMARD, rotations="CD")
+    return make_resq(base, tmp_path_factory.mktemp("resq") / "resq", config)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,19 @@ def test_perplexity_is_that_of_the_model_in_memory(
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert found.against is not None and found.against.kl_mean > 0
     assert found.layer_errors is not None and 0 < found.layer_errors[0] < found.layer_errors[1] < 1
+
+
+def test_hidden_states_that_are_turned_are_not_held_against_the_base(
+    resq: Example, base: Path, words: Path, tmp_path: Path
+) -> None:
+    turned = Path(shutil.copytree(resq.folder, tmp_path / "turned"))
+    config = json.loads((turned / "config.json").read_text())
+    config["quantization_config"]["rotations"] = "ABCD"
+    (turned / "config.json").write_text(json.dumps(config))
+    found = evaluate_with_passages(
+        str(turned), str(words), seqlen=SEQLEN, against=str(base), speed=False, device="cpu"
+    )[0]
+    assert found.layer_errors is None and found.against is not None
 
 
 def test_bits_are_those_of_codes_and_what_is_stored(found: Evaluation) -> None:

@@ -19,8 +19,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from upload_hub import WRITER, UploadHub
 
+from rilq.converter import pipeline
+from rilq.converter.options import ConvertOptions
 from rilq.errors import CheckpointError, DatasetError, HubError, OptionError, RilqError
-from rilq.evaluation.push import PushOptions, PushResult
+from rilq.evaluation.push import PushOptions, PushResult, push
 from rilq.formats.verify import write_manifest
 from rilq.progress import SilentReporter
 
@@ -55,6 +57,27 @@ def rewritten(folder: Path) -> None:
     manifest = json.loads((folder / "rilq.json").read_text())
     payload = {k: v for k, v in manifest.items() if k not in ("files", "tensors")}
     write_manifest(folder, payload)
+
+
+def test_the_card_of_a_resq_checkpoint_tells_its_bits_and_offers_no_export(
+    hub: UploadHub, tiny_llama: Path, words: Path, tmp_path: Path
+) -> None:
+    options = ConvertOptions.of_recipe(
+        "default",
+        model=str(tiny_llama),
+        method="resq",
+        dataset=(str(words),),
+        nsamples=4,
+        seqlen=32,
+        device="cpu",
+        output_dir=tmp_path / "tiny-resq",
+    )
+    folder = pipeline.convert(pipeline.prepare(options, SilentReporter()), SilentReporter()).output
+    push(folder, PushOptions(REPO, text=str(words), force=True, device="cpu"), SilentReporter())
+    card = hub.files(REPO)["README.md"].decode()
+    assert "in 4 bits by `--method resq`" in card and "8 in 0.125 of the channels" in card
+    assert "per activation, 8.50 per value in the KV cache" in card and "rilq export" not in card
+    assert "4-bit" in ModelCard(card).data.tags
 
 
 def test_everything_that_the_conversion_wrote_is_pushed_with_a_card(

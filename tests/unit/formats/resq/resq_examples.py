@@ -62,7 +62,9 @@ def make_resq(source: Path, folder: Path, config: ResqConfig) -> Example:
     dense = AutoModelForCausalLM.from_pretrained(source)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    tensors = load_file(source / "model.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(shard)
     factors = [orthogonal(size, generator) for size in config.hadamard]
     for name in install(skeleton, config):
         linear = skeleton.get_submodule(name)

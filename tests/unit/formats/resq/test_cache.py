@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from rilq.formats.resq.cache import STATE_DTYPE, ResqCache, pack_states, unpack_states
 from rilq.formats.resq.parts import Parts
@@ -70,21 +69,6 @@ def test_it_gives_back_what_quantization_leaves_of_all_tokens() -> None:
         assert torch.equal(found[1], left(values[:, :, :end]))
     assert (cache.get_seq_length(0), cache.get_seq_length(1)) == (0, 9)
     assert cache.get_mask_sizes(3, 1) == (12, 0)
-
-
-@pytest.mark.parametrize(("head_dim", "most"), [(128, 0.32), (32, 0.42)])
-def test_it_takes_a_third_of_the_memory_of_sixteen_bits(head_dim: int, most: float) -> None:
-    parts = Parts.of(head_dim, *RESQ)
-    cache, plain = ResqCache(2, parts), DynamicCache()
-    for layer in range(2):
-        keys = drawn(2048, batch=1, heads=2, size=head_dim).half()
-        for each in (cache, plain):
-            each.update(keys, keys, layer)
-    sixteen_bits = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
-    assert cache.nbytes / sixteen_bits <= most
-    # Nothing else is kept, such as a larger tensor behind a view.
-    kept = [t for layer in cache.codes for s in layer.packed or () for t in s.tensors()]
-    assert sum(t.untyped_storage().nbytes() for t in kept) == cache.nbytes
 
 
 def test_cropping_forgets_the_last_tokens(filled: tuple[ResqCache, Tensor, Tensor]) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rilq.errors import CheckpointError, InputError
 from rilq.formats.resq.hadamard import kronecker_apply
-from rilq.formats.resq.integer import integer_matmul
+from rilq.formats.resq.integer import integer_matmul, integers_work
 from rilq.formats.resq.linear import QuantizedInputLinear, ResqLinear
 from rilq.formats.resq.parts import Parts
 from rilq.formats.resq.quantizer import quantize_dequantize
@@ -105,6 +105,18 @@ def test_products_of_codes_are_those_of_the_reference(parts: Parts, heads: int, 
 def test_products_of_codes_are_exact_at_their_largest() -> None:
     a, b = torch.full((3, 1000), -128, dtype=torch.int8), torch.full((5, 1000), -128).char()
     assert torch.equal(integer_matmul(a, b), torch.full((3, 5), 1000 * 2**14, dtype=torch.int32))
+
+
+def test_where_int8_cannot_be_multiplied_a_warning_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert integers_work("cpu")
+    integers_work.cache_clear()
+    monkeypatch.delattr(torch, "_int_mm")
+    with pytest.warns(UserWarning, match="no products of int8, so slower: .*_int_mm"):
+        assert not integers_work("cpu")
+    assert not integers_work("cpu")
+    integers_work.cache_clear()
 
 
 def test_a_transform_of_the_input_undoes_that_of_the_weight() -> None:

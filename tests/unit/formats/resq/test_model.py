@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from resq_examples import HADAMARD, Example, orthogonal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,13 +23,19 @@ from transformers import (
 
 from rilq.converter.layers import StreamedModel
 from rilq.errors import CheckpointError
+from rilq.evaluation.lora import find_adapter
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
 from rilq.formats.resq.cache import ResqCache
 from rilq.formats.resq.config import ResqConfig
 from rilq.formats.resq.hadamard import kronecker_apply
 from rilq.formats.resq.install import ARCHITECTURES, full_precision, install, install_dense
 from rilq.formats.resq.linear import ResqLinear
 from rilq.formats.source import LocalFolder
+from rilq.progress import SilentReporter
+
+# PEFT 0.21 asks transformers 5.23 for an attribute by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 TOKENS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(0))
 # Where one value is rounded to another code, all that follows differs. Two ways to compute the same
@@ -118,6 +125,23 @@ def test_with_a_cache_a_model_computes_what_it_does_without(
         far = TOKENS.clone()
         far[:, 0] = 5
         assert torch.equal(logits(model, far, use_cache=False)[:, -1], without[:, -1])
+
+
+@pytest.mark.parametrize(("head_dim", "most"), [(128, 0.32), (32, 0.42)])
+@torch.no_grad()
+def test_a_cache_takes_a_third_of_the_memory_of_sixteen_bits(
+    head_dim: int, most: float, make_example: Callable[..., Example]
+) -> None:
+    sizes = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048)
+    example = make_example(head_dim=head_dim, num_hidden_layers=1, **sizes)
+    tokens = torch.randint(3, 320, (1, 2048), generator=torch.Generator().manual_seed(0))
+    cache = load(example.folder)(tokens, use_cache=True).past_key_values
+    plain = example.dense(tokens, use_cache=True).past_key_values
+    sixteen_bits = sum(t.numel() * 2 for each in plain.layers for t in (each.keys, each.values))
+    assert cache.nbytes / sixteen_bits <= most
+    # Nothing else is kept, such as a larger tensor behind a view.
+    kept = [t for layer in cache.codes for s in layer.packed for t in s.tensors()]
+    assert sum(t.untyped_storage().nbytes() for t in kept) == cache.nbytes
 
 
 @pytest.mark.parametrize("rotations", ["AB", "ABC", "ABD"])
@@ -213,6 +237,19 @@ def test_a_bare_decoder_loads_too(example: Example, model: PreTrainedModel) -> N
     assert isinstance(found.past_key_values, ResqCache)
 
 
+def test_layers_may_wait_on_disk(example: Example, model: PreTrainedModel, tmp_path: Path) -> None:
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
+    places |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    try:
+        apart = load(
+            example.folder, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+        )
+    except ValueError as err:
+        pytest.skip(f"refused, as it must be with this transformers: {err}")
+    assert apart.model.layers[1].mlp.down_proj.weight.is_meta
+    assert torch.equal(logits(apart), logits(model))
+
+
 @pytest.fixture
 def copy(example: Example, tmp_path: Path) -> Path:
     """A copy of the example, to be damaged."""
@@ -299,3 +336,52 @@ def test_gradients_reach_the_first_layer_through_all_quantizers(model: PreTraine
     assert bool((embedded.grad.abs().sum(-1) > 0).all())
     linears = [m for m in model.modules() if isinstance(m, ResqLinear)]
     assert len(linears) == 14 and all(linear.weight.grad is None for linear in linears)
+
+
+# -- an adapter beside it --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(copy: Path) -> Path:
+    """The example with a LoRA on all of its linears, as a conversion leaves it."""
+    generator, factors = torch.Generator().manual_seed(3), {}
+    for name, module in load(copy).named_modules():
+        if isinstance(module, ResqLinear):
+            factors[f"{name}.a"] = torch.randn(3, module.in_features, generator=generator) / 4
+            factors[f"{name}.b"] = torch.randn(module.out_features, 3, generator=generator) / 4
+    write_peft_adapter(copy, factors, rank=3, alpha=6.0)
+    return copy
+
+
+@torch.no_grad()
+def test_an_adapter_is_loaded_by_peft_and_applied_layer_by_layer(
+    adapted: Path, model: PreTrainedModel
+) -> None:
+    beside = PeftModel.from_pretrained(load(adapted), adapted / ADAPTER_FOLDER)
+    found = logits(beside)
+    assert (found - logits(model)).abs().max() > 0.1
+    layers = streamed(adapted)
+    adapter = find_adapter(layers, SilentReporter())
+    assert adapter is not None
+    layers.load_outer(layers.checkpoint.read(layers.outer_names()))
+    layers.prepare(TOKENS.shape[1])
+    hidden = layers.embed(TOKENS)
+    for index in range(2):
+        with layers.loaded(index, layers.read_layer(index)), adapter.applied(layers, index):
+            hidden = layers.run(index, hidden)
+    torch.testing.assert_close(layers.logits(hidden), found, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_cannot_be_merged_into_codes(adapted: Path) -> None:
+    beside = PeftModel.from_pretrained(load(adapted), adapted / ADAPTER_FOLDER)
+    with pytest.raises(ValueError, match="and 13 more: an adapter cannot be merged into packed"):
+        beside.merge_and_unload()
+
+
+def test_an_adapter_of_peft_is_trained_through_all_quantizers(copy: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"])
+    trained = get_peft_model(load(copy), config)
+    trained(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    gradients = {n: p.grad for n, p in trained.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * 3 * 2 and all("lora_" in name for name in gradients)
+    assert all(bool((g != 0).any()) for n, g in gradients.items() if "lora_B" in n)
