@@ -33,8 +33,8 @@ _ROTATIONS = {"resq": ROTATIONS, "quarot": ROTATIONS, "quik": "ABC", "rtn-w4a4":
 # Options of RILQ's conversion that say something here as well; of the others none may be given.
 _SHARED = {
     "model", "revision", "method", "quantizer", "dataset", "text_key", "rows", "nsamples",
-    "seqlen", "val_ratio", "seed", "rank", "device", "dtype", "micro_batch", "device_memory",
-    "student", "max_shard_size", "output_dir", "work_dir", "resume", "keep_work",
+    "seqlen", "val_ratio", "seed", "rank", "evict", "max_disk", "device", "dtype", "micro_batch",
+    "device_memory", "student", "max_shard_size", "output_dir", "work_dir", "resume", "keep_work",
 }  # fmt: skip
 # Of the training of adapters, where there are some.
 _TRAINING = ("adapter", "alpha", "adapter_targets", "train", "loss", "target", "learning_rate",
