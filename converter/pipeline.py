@@ -156,11 +156,6 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    if ranks.several and options.resq is not None:
-        raise OptionError(
-            f"--method {options.method}: not with {ranks.count} processes yet\n"
-            "  convert in one process"
-        )
     if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
         raise OptionError(
             f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
@@ -392,6 +387,7 @@ class _Conversion:
             seed=o.seed,
             rows=RowsAtOnce(self.choices.batch_rows, self.choices.micro_batch),
             report=self.report,
+            ranks=self.ranks,
         )
         self.checkpoint, self.streamed = base.checkpoint, base.streamed
         return base.layers

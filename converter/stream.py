@@ -319,7 +319,8 @@ class StreamingPass:
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerMethod):
             batches = partial(self._batches, student)
-            return quantizer.quantize(LayerToQuantize(index, tensors, batches)), {}
+            layer = LayerToQuantize(index, tensors, batches, self.ranks.added)
+            return quantizer.quantize(layer), {}
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
         kept = {n: tensors[n] for n in tensors if n.removesuffix(".weight") not in specs}
         if not specs:
