@@ -41,6 +41,9 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
     memory = f"{gigabytes(plan.host_bytes)} host"
     if plan.device_bytes is not None:
         memory += f", {gigabytes(plan.device_bytes)} {choices.device}"
+    rates = f"{choices.learning_rate:.3g} of adapters"
+    if run_time is None:
+        rates += f", {choices.scales_learning_rate:.3g} of scales"
     rows = [
         ("quantized", f"{len(plan.quantized)} linears: {shown}"),
         *([("KV cache", f"{run_time.cache_bits:.3g} bits, scales counted")] if run_time else []),
@@ -48,11 +51,11 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         ("head", "the embedding" if plan.tied else _outer_bits(plan, plan.head_bits)),
         ("kept", "norms" + (f", {len(plan.kept)} linears" if plan.kept else "")),
         *(("", f"{name}: {why}") for name, why in plan.kept[:5]),
-        ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens"
-                        + (f", {plan.validation_rows} for validation" if not run_time else "")),
+        ("calibration", f"{plan.rows} rows of {choices.seqlen} tokens, "
+                        f"{plan.validation_rows} for validation"),
         ("compute", f"{choices.dtype} on {choices.device}, student {choices.student}, "
                     f"micro-batch {choices.micro_batch}"),
-        *_learning_rates(plan),
+        ("learning rate", rates),
         ("reads", gigabytes(plan.read_bytes)),
         ("peak memory", memory + ", at most, above the interpreter's own"),
         *(("disk", f"{gigabytes(d.needed)} of {gigabytes(d.free)} free on {d.volume} "
@@ -62,13 +65,6 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
         ("time", f"about {duration(plan.seconds)}: {plan.time_basis}"),
     ]  # fmt: skip
     return rows + [("note", note) for note in plan.notes]
-
-
-def _learning_rates(plan: "Plan") -> list[tuple[str, str]]:
-    if plan.run_time_bits is not None:  # nothing is trained
-        return []
-    adapters, scales = plan.choices.learning_rate, plan.choices.scales_learning_rate
-    return [("learning rate", f"{adapters:.3g} of adapters, {scales:.3g} of scales")]
 
 
 def _outer_bits(plan: "Plan", bits: int) -> str:

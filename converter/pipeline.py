@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -398,13 +399,14 @@ class _Conversion:
     def _recipe(self) -> dict[str, Any]:
         """What was asked for, and what was chosen, for `rilq.json`."""
         recipe = self.options.recorded()
-        if self.options.resq is not None:
-            return recipe
-        recipe |= {
+        chosen = {
             "train": self.options.trains,
             "learning_rate": self.choices.learning_rate,
             "scales_learning_rate": self.choices.scales_learning_rate,
         }
+        if self.options.resq is not None:  # of a training, if there is one, and of no scales
+            return recipe | {name: chosen[name] for name in chosen if name in recipe}
+        recipe |= chosen
         if self.plan.experts:  # as the memory allowed
             recipe["trains_experts"] = self.choices.trains_experts
         return recipe
@@ -503,7 +505,7 @@ class _Conversion:
         self, parts: QuantizedParts, quantization: RilqConfig | ResqConfig, *, train: Train
     ) -> Student:
         return Student(
-            self.streamed.config,
+            copy.deepcopy(self.streamed.config),  # a method may set its own attention in it
             quantization,
             read_layer=parts.layer,
             outer=parts.outer(),

@@ -809,7 +809,8 @@ def _choose(
     item = getattr(torch, dtype).itemsize
     free = machine.device_free if machine.device_free is not None else machine.host_free
     tiers: list[Tier] = ["dense", "packed"]
-    if options.trains != "all+codes":  # whose state nothing but the device can hold
+    # The state of codes nothing but the device can hold; ResQ's layers are not moved.
+    if options.trains != "all+codes" and options.resq is None:
         tiers.append("offload")
     if options.student != "auto":
         tiers = [options.student]

@@ -33,6 +33,8 @@ from rilq.converter.options import Tier, Train
 from rilq.converter.quantizers.layerwise import round_through
 from rilq.formats.native import RilqConfig, RilqLinear, packed_linear
 from rilq.formats.packing import stored_codes
+from rilq.formats.resq.config import ResqConfig
+from rilq.formats.resq.linear import QuantizedInputLinear, ResqLinear
 
 
 class AdaptedLinear(nn.Module):
@@ -161,7 +163,7 @@ class Student(nn.Module):
     def __init__(
         self,
         config: PretrainedConfig,
-        quantization: RilqConfig,
+        quantization: RilqConfig | ResqConfig,
         *,
         read_layer: Callable[[int], dict[str, Tensor]],
         outer: dict[str, Tensor],
@@ -190,7 +192,7 @@ class Student(nn.Module):
             for name, value in tensors.items() if tier != "offload" else ():
                 place_tensor(self.model, name, value, device)
             for path, module in list(layer.named_modules()):
-                if isinstance(module, RilqLinear):
+                if isinstance(module, RilqLinear | ResqLinear):
                     full = f"{prefix}.{index}.{path}"
                     self.model.set_submodule(
                         full, self._linear(full, module, train, adapters, tier, dtype)
@@ -220,7 +222,7 @@ class Student(nn.Module):
     def _linear(
         self,
         name: str,
-        module: RilqLinear,
+        module: RilqLinear | ResqLinear,
         train: Train,
         spec: AdapterSpec | None,
         tier: Tier,
@@ -234,13 +236,14 @@ class Student(nn.Module):
                 name,
                 out_features=module.out_features,
                 in_features=module.in_features,
-                group_size=module.group_size,
+                group_size=module.group_size if isinstance(module, RilqLinear) else 1,
                 device=self.device,
             )
             self.trained |= {f"{name}.a": adapter.a, f"{name}.b": adapter.b}
         if train in ("none", "adapters"):
             base = _dense(module, dtype) if tier == "dense" else module
             return base if adapter is None else AdaptedLinear(base, adapter)
+        assert isinstance(module, RilqLinear), "ResQ has no scales of groups to train"
         if tier == "dense" or train == "all+codes":
             module.weight = nn.Parameter(stored_codes(module.weight, module.bits), False)
         linear = TrainedLinear(
@@ -301,9 +304,30 @@ class Student(nn.Module):
             setattr(self.model, name, decoder)
 
 
-def _dense(module: RilqLinear, dtype: torch.dtype) -> nn.Linear:
+def _dense(module: RilqLinear | ResqLinear, dtype: torch.dtype) -> nn.Linear:
     """The same linear with its weight dequantized once."""
+    if isinstance(module, ResqLinear):
+        return _dense_parts(module, dtype)
     dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(module.dense_weight(dtype), requires_grad=False)
     dense.bias = module.bias
+    return dense
+
+
+def _dense_parts(module: ResqLinear, dtype: torch.dtype) -> QuantizedInputLinear:
+    """Likewise: its input is still quantized."""
+    factors = module.hadamard
+    dense = QuantizedInputLinear(
+        module.in_features,
+        module.out_features,
+        module.parts,
+        heads=module.heads,
+        hadamard=tuple(map(len, factors)),
+        device="meta",
+        dtype=dtype,
+    )
+    dense.weight = nn.Parameter(module.dense_weight(dtype), requires_grad=False)
+    dense.bias = module.bias
+    for number, factor in enumerate(factors):
+        dense.register_buffer(f"hadamard_{number}", factor)
     return dense

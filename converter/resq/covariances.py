@@ -141,32 +141,44 @@ class CovariancePass:
         left = layers[max(0, done - 1) :]
         with reading_ahead(
             self.checkpoint,
-            [outer, *left],
+            left if done else [outer, *left],
             budget=max(map(self.checkpoint.nbytes, layers)),
             pinned=self.streamed.device.type == "cuda",
         ) as reader:
-            self._begin(done)
-            reader.advance()
+            if not done:
+                self._load_outer(self._read_outer())
+                self._recovering(self._embedding)
+                reader.advance()
+            else:
+                self._load_outer(load_file(self._outer))
+            self.streamed.drop_embeddings()
             reader.start(left)
             self._layers(max(0, done - 1), reader)
 
-    def _begin(self, done: int) -> None:
-        """What the layers are called with, and the first hidden states."""
-        names = self.streamed.outer_names()
-        self.streamed.load_outer(self.checkpoint.read(names))
-        self.streamed.check_tied()
-        self.streamed.prepare(self.tokens.shape[1])
-        if not done:
-            self._recovering(partial(self._embedding, names))
-        self.streamed.drop_embeddings()
+    def _read_outer(self) -> dict[str, Tensor]:
+        """From the source, once: a stopped pass finds them in the work folder."""
+        tensors = self.checkpoint.read(self.streamed.outer_names())
+        write_tensors(self._outer, tensors)
+        return tensors
 
-    def _embedding(self, names: list[str], size: int) -> None:
+    def _load_outer(self, tensors: dict[str, Tensor]) -> None:
+        """What the layers are called with depends on them."""
+        self.streamed.load_outer(tensors)
+        self.streamed.prepare(self.tokens.shape[1])
+
+    def _embedding(self, size: int) -> None:
+        self.streamed.check_tied()
         path = self._states(0)
         with self._writer(path, "the embedding") as writer:
             for start in range(0, len(self.tokens), size):
                 writer.append(self.streamed.embed(self.tokens[start : start + size]))
-        facts = {"source": self._hashes(names)}
-        self.work.commit(STAGE, "embedding", facts, passing={path: writer.digest})
+        self.work.commit(
+            STAGE,
+            "embedding",
+            {"source": self._hashes(self.streamed.outer_names())},
+            files={self._outer: file_hash(self._outer)},
+            passing={path: writer.digest},
+        )
 
     def _layers(self, first: int, reader: LayerReader) -> None:
         self.report.step(first)
@@ -234,6 +246,11 @@ class CovariancePass:
             self.work,
             self.report,
         )
+
+    @property
+    def _outer(self) -> Path:
+        """Embedding, final norm and head, as in the source."""
+        return self.work.file("plain-outer.safetensors")
 
     def _residual(self, index: int) -> Path:
         """The sum over decoder layers `0 .. index` of their means."""

@@ -24,7 +24,8 @@ BITS = (2, 3, 4, 6, 8)
 
 # What differs from the defaults of `ConvertOptions`, over which options that are given go.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    name: {"quantizer": "rtn" if name == "rtn-w4a4" else "gptq", "rank": 0} for name in METHODS
+    name: {"quantizer": "rtn" if name == "rtn-w4a4" else "gptq", "rank": 0, "adapter": "lora"}
+    for name in METHODS
 }
 _PARTED = ("resq", "quik")  # those with a high part
 _ROTATED = ("resq", "quarot")  # those whose rotations can be chosen
@@ -32,9 +33,12 @@ _ROTATIONS = {"resq": ROTATIONS, "quarot": ROTATIONS, "quik": "ABC", "rtn-w4a4":
 # Options of RILQ's conversion that say something here as well; of the others none may be given.
 _SHARED = {
     "model", "revision", "method", "quantizer", "dataset", "text_key", "rows", "nsamples",
-    "seqlen", "val_ratio", "seed", "rank", "device", "dtype", "micro_batch", "device_memory",
-    "max_shard_size", "output_dir", "work_dir", "resume", "keep_work",
+    "seqlen", "val_ratio", "seed", "rank", "evict", "max_disk", "device", "dtype", "micro_batch",
+    "device_memory", "student", "max_shard_size", "output_dir", "work_dir", "resume", "keep_work",
 }  # fmt: skip
+# Of the training of adapters, where there are some.
+_TRAINING = ("adapter", "alpha", "adapter_targets", "train", "loss", "target", "learning_rate",
+             "schedule", "steps", "batch_size", "val_every", "patience")  # fmt: skip
 OWN = ("high_fraction", "high_bits", "low_bits", "lowest_bits", "rotations")
 # What has an effect on the result, apart from this module's own options.
 _RECORDED = ("method", "quantizer", "rank", "text_key", "rows", "nsamples", "seqlen", "val_ratio",
@@ -103,7 +107,8 @@ class ResqOptions:
 
 def recorded(options: ConvertOptions, values: Mapping[str, Any]) -> dict[str, Any]:
     """`ConvertOptions.recorded` of these methods, of all its `values`."""
-    return {name: values[name] for name in _RECORDED} | ResqOptions.of(options).recorded()
+    names = (*_RECORDED, *(_TRAINING if options.rank else ()))
+    return {name: values[name] for name in names} | ResqOptions.of(options).recorded()
 
 
 def problems(o: ConvertOptions, flag: Mapping[str, str]) -> list[str]:
@@ -146,15 +151,20 @@ def _without_meaning(o: ConvertOptions, flag: Mapping[str, str]) -> list[str]:
     found = [
         f"{flag[f.name]} {_shown(getattr(o, f.name))}: has no meaning with --method {o.method}"
         for f in fields(o)
-        if f.name not in (*_SHARED, *OWN) and getattr(o, f.name) != f.default
+        if f.name not in (*_SHARED, *OWN, *_TRAINING) and getattr(o, f.name) != f.default
     ]
     if o.quantizer not in ("gptq", "rtn"):
         found.append(
             f"--quantizer {o.quantizer}: expected gptq or rtn with --method {o.method}, whose "
             "scales are one for each output channel and part"
         )
-    if o.rank:
-        found.append(f"--rank {o.rank}: --method {o.method} trains no adapters; expected 0")
+    if o.adapter != "lora" or o.train not in (None, "none", "adapters"):
+        found.append(
+            f"--adapter {o.adapter}, --train {o.trains}: scales of whole output channels take up "
+            f"no adapter\n  --method {o.method} trains with --adapter lora, --train adapters"
+        )
+    if o.student == "offload":
+        found.append(f"--student offload: expected auto, dense or packed with --method {o.method}")
     return found
 
 

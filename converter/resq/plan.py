@@ -44,6 +44,7 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
     residual = FLOAT64 * sizes.hidden**2
     heads = FLOAT64 * sizes.layers * (sizes.kv_heads + 1) * sizes.head_dim**2
     calibrated = chosen.method in NEEDS_COVARIANCES
+    outer = calibrated * source.checkpoint.nbytes(source.outer_names())
     factors = resq_config(chosen, config.intermediate_size).hadamard
     online = sizes.layers * sum(order**2 for order in factors)
     online += sizes.layers * sizes.head_dim**2 * ("C" in chosen.rotations)
@@ -73,7 +74,7 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
         host_bytes=host + student,
         device_bytes=None if device is None else device + student,
         disks=tuple(
-            _with_state(disk, (1 + 2 * calibrated) * (residual + heads), 4 * online)
+            _with_state(disk, (1 + 2 * calibrated) * (residual + heads) + outer, 4 * online)
             for disk in plan.disks
         ),
         output_bytes=output,

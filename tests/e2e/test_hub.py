@@ -598,3 +598,37 @@ def test_several_processes_fetch_each_shard_once(
     heads = 2**16  # bytes that are asked for to read a header, by every process
     whole = [r.path for r in deep_hub.requests if r.origin == "cdn" and r.sent > heads]
     assert len(whole) == len(set(whole)) == len(list(deep_llama.glob("*.safetensors")))
+
+
+def test_the_two_passes_of_resq_fetch_every_shard_twice_and_keep_three(
+    deep_hub: Any,
+    tmp_path: Path,
+    deep_llama: Path,
+    calib: Path,
+    run_cli: Callable[..., Any],
+    hashes: Callable[[Path], dict[str, str]],
+) -> None:
+    def convert(model: object, folder: Path, *more: object, first: Any = None) -> Any:
+        quick = "--method resq --nsamples 4 --seqlen 16 --device cpu --no-report".split()
+        places = ("--dataset", calib, "-o", folder / "out")
+        return run_cli("convert", model, *quick, *places, *more, first=first)
+
+    def hub(call: int) -> Callable[[], None]:
+        def arrange() -> None:
+            use_hub(deep_hub, tmp_path / "hf")
+            killed_at(call)()
+
+        return arrange
+
+    with ShardWatch(tmp_path / "out.rilq-work" / "source") as watch:
+        stopped = convert(DEEP, tmp_path, "--evict", first=hub(14))  # in the first pass
+        assert stopped.code == -signal.SIGKILL
+        ended = convert(DEEP, tmp_path, "--evict", first=hub(10**6))
+    assert ended.code == 0, ended.err
+    assert 1 < watch.most <= 3, watch.looks
+    sent = bytes_of_shards(deep_hub, deep_llama).values()
+    assert min(sent) >= 2 and sum(sent) <= 2 * len(sent) + 2  # and what was in flight when killed
+    (tmp_path / "local").mkdir()
+    assert convert(deep_llama, tmp_path / "local").code == 0
+    expected = without_manifest(hashes(tmp_path / "local" / "out"))
+    assert without_manifest(hashes(tmp_path / "out")) == expected

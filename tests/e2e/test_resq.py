@@ -112,7 +112,7 @@ def test_commands_plan_convert_verify_and_evaluate(
     assert run_cli("verify", tmp_path / "out").code == 0
     measured = run_cli(
         "eval", tmp_path / "out", "--text", calib, "--seqlen", SEQLEN, "--against", tiny_llama,
-        "--device", "cpu", "--json",
+        "--device", "cpu", "--no-speed", "--json",
     )  # fmt: skip
     assert measured.code == 0, measured.err
     figures = json.loads(measured.out)
@@ -131,6 +131,42 @@ def test_the_result_generates_over_a_quantized_cache(tmp_path: Path, resq: Any) 
     )  # fmt: skip
     assert found.sequences.shape == (1, 14)
     assert isinstance(found.past_key_values, ResqCache)
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+TRAINING: dict[str, Any] = {"rank": 4, "steps": 4, "val_every": 2, "batch_size": 4}
+
+
+def test_adapters_trained_through_quantized_activations_gain(tmp_path: Path, resq: Any) -> None:
+    """Of a model that knows something; a random one has nothing that held-out rows could gain."""
+    demo = Path(__file__).parents[2] / "examples" / "demo"
+    options = resq(
+        tmp_path, model=str(demo / "model"), dataset=(str(demo / "calib.txt"),), nsamples=16,
+        seqlen=64, rank=8, steps=8, val_every=8, batch_size=4, learning_rate=1e-3, low_bits=3,
+        high_bits=4,
+    )  # fmt: skip
+    quality = run_quietly(options).quality
+    assert quality["validation_loss"] < 0.98 * quality["validation_loss_before"]
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_killed_in_training_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, resq: Any, convert: Any, hashes: Any, in_child: Any
+) -> None:
+    whole, stopped, points = tmp_path / "whole", tmp_path / "stopped", tmp_path / "points"
+
+    def record() -> None:
+        with points.open("w") as file:
+            workdir.reached = lambda point: print(point, file=file)
+            run_quietly(resq(whole, **TRAINING))
+
+    assert in_child(record).code == 0
+    at = points.read_text().split().index("train:committed") + 1
+    assert convert(resq(stopped, **TRAINING), at).code == KILLED
+    ended = convert(resq(stopped, **TRAINING))
+    assert ended.code == 0, ended.err
+    assert hashes(stopped / "out") == hashes(whole / "out")
 
 
 # -- stopping --------------------------------------------------------------------------------------
@@ -159,7 +195,7 @@ def test_killed_in_either_pass_it_goes_on_to_the_same_bytes(
         if point in ("covariances:written", "bases:written", "layers:written")
     ]
     folder = tmp_path / "stopped"
-    for at in [*units[1:-3:2], *written[1::2]]:
+    for at in [*units[1:-3:2], *written[2::3]]:
         assert convert(resq(folder), at).code == KILLED, reached[at - 1]
         assert not (folder / "out").exists()
         ended = convert(resq(folder))
@@ -206,7 +242,7 @@ def test_another_architecture_is_refused_by_name(
     ("more", "said"),
     [
         (("--export", "dense"), "--export dense: no other format can hold"),
-        (("--rank", 4), "--rank 4: --method resq trains no adapters"),
+        (("--rank", 4, "--adapter", "pooled"), "take up no adapter"),
         (("--high-fraction", 0.01), "use a larger --high-fraction"),
     ],
     ids=["export", "rank", "fraction"],

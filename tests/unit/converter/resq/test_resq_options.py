@@ -71,6 +71,12 @@ def test_a_recipe_of_resq_has_what_makes_its_result_and_nothing_else() -> None:
     }  # fmt: skip
 
 
+def test_of_a_training_it_is_recorded_where_there_is_one() -> None:
+    recorded = options(method="resq", rank=8, steps=30).recorded()
+    assert (recorded["rank"], recorded["steps"], recorded["adapter"]) == (8, 30, "lora")
+    assert "scales_learning_rate" not in recorded
+
+
 def test_every_width_of_the_format_can_be_asked_for_and_no_other() -> None:
     assert BITS == PART_BITS
 
@@ -82,7 +88,10 @@ def test_every_width_of_the_format_can_be_asked_for_and_no_other() -> None:
         ({"method": "resq", "bits": 3}, "--bits 3: has no meaning with --method resq"),
         ({"method": "resq", "group_size": 32}, "--group-size 32: has no meaning"),
         ({"method": "resq", "rotate": True}, "--rotate True: has no meaning"),
-        ({"method": "resq", "train": "all"}, "--train all: has no meaning"),
+        ({"method": "resq", "train": "all"}, "--train all: scales of whole output channels"),
+        ({"method": "resq", "adapter": "pooled"}, "--adapter pooled, --train none: scales"),
+        ({"method": "resq", "student": "offload"}, "--student offload: expected auto, dense or"),
+        ({"method": "resq", "scales_learning_rate": 1e-3}, "--scales-lr 0.001: has no meaning"),
         ({"method": "resq", "quantizer": "blockap"}, "--quantizer blockap: expected gptq or rtn"),
         ({"method": "resq", "low_bits": 8}, "--low-bits 8, --high-bits 8: expected more bits"),
         ({"method": "resq", "lowest_bits": 4}, "--lowest-bits 4, --low-bits 4, --high-bits 8"),
