@@ -16,6 +16,7 @@ with 3 bits, 32 codes fill 3 words and two of them straddle a boundary.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from rilq.errors import InputError, one_line
 
-WORD = 32
+WORD, BYTE = 32, 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -82,6 +83,8 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
             f"words [{rows}, {width}]: {in_features} codes of {bits} bits take "
             f"{in_features * bits / WORD:g} words in each row, found {width}"
         )
+    if BYTE % bits == 0 and sys.byteorder == "little":
+        return _unpack_bytes(words.contiguous().view(torch.uint8), bits)
     codes_per_period, words_per_period = _period(bits)
     columns = words.reshape(rows, -1, words_per_period)
     codes = torch.empty(
@@ -96,6 +99,14 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
             column |= columns[:, :, word + 1] << (WORD - shift)
         codes[:, :, code] = column & mask
     return codes.reshape(rows, in_features)
+
+
+def _unpack_bytes(stored: Tensor, bits: int) -> Tensor:
+    """`unpack` of 2, 4 or 8 bits from a row's bytes: a fraction of the work that words take."""
+    if bits == BYTE:
+        return stored.clone()
+    codes = [(stored >> shift).bitwise_and_(2**bits - 1) for shift in range(0, BYTE, bits)]
+    return torch.stack(codes, -1).flatten(1)
 
 
 def dequantize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rilq.converter.fewer_rows import RowsAtOnce
-from rilq.converter.hadamard import random_rotation
+from rilq.converter.hadamard import hadamard_factors
 from rilq.converter.layers import StreamedModel
 from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.resq.basis import (
@@ -84,7 +84,7 @@ def _factors(options: ResqOptions, intermediate: int) -> tuple[Tensor, ...]:
     """Of U_D, float64: Hadamard matrices over their root, and an orthogonal rest; or none."""
     if "D" not in options.rotations:
         return ()
-    return random_rotation(intermediate, torch.Generator().manual_seed(0)).factors
+    return hadamard_factors(intermediate, torch.Generator().manual_seed(0))
 
 
 def make_base(

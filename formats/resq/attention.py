@@ -139,7 +139,7 @@ class CacheSwap:
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The decoder's arguments, with a `ResqCache` for an empty `DynamicCache`.
+        """The decoder's arguments; an empty `DynamicCache` among them becomes a `ResqCache`.
 
         Raises:
             ValueError: a cache of another kind, or one with tokens in it.
@@ -152,9 +152,13 @@ class CacheSwap:
             )
         if isinstance(given, ResqCache) or (given is None and not use_cache):
             return args, kwargs
-        if given is not None and not _is_empty(given):
+        if given is None:
+            cache = ResqCache(self.layers, self.parts)
+        elif _is_empty(given):
+            cache = ResqCache.in_place_of(given, self.layers, self.parts)
+        else:
             raise foreign_cache(given)
-        return args, {**kwargs, "past_key_values": ResqCache(self.layers, self.parts)}
+        return args, {**kwargs, "past_key_values": cache}
 
 
 def _is_empty(cache: Cache) -> bool:

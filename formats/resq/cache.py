@@ -203,6 +203,19 @@ class ResqCache(Cache):
         self.codes = [ResqCacheLayer(parts) for _ in range(layers)]
         super().__init__(layers=[*self.codes])
 
+    @classmethod
+    def in_place_of(cls, empty: Cache, layers: int, parts: Parts) -> ResqCache:
+        """The same object as an empty cache of transformers, from now on one of these.
+
+        Whoever passed it to a model may go on with it, and not with what the model returns.
+        """
+        made = cls(layers, parts)
+        empty.__class__ = cls
+        empty.__dict__.clear()
+        empty.__dict__.update(made.__dict__)
+        assert isinstance(empty, cls), "it has become one"
+        return empty
+
     @property
     def nbytes(self) -> int:
         """Memory of all that is kept: codes, scales and zeros."""

@@ -118,3 +118,9 @@ def test_no_line_is_wider_than_the_terminal() -> None:
     tasks = (TaskFigure("a_task_with_a_long_name" * 4, "1", "acc", 0.5, 0.1, 5, 99_999, True),)
     wide = replace(COMPARED, tasks=tasks, text="word " * 40)
     assert max(map(len, shown(wide).splitlines())) <= 80
+
+
+def test_bits_of_activations_and_cache_are_shown_where_they_are_not_sixteen() -> None:
+    assert "bits when it runs" not in shown(PLAIN)
+    four = shown(replace(PLAIN, activation_bits=4.4375, cache_bits=5.0))
+    assert "4.44 per activation, 5.00 per cached value" in four

@@ -127,6 +127,15 @@ def test_the_best_of_each_figure_is_marked_among_those_on_one_text() -> None:
     assert "Perplexity against bits" not in apart and "other.txt" in apart
 
 
+def test_bits_of_activations_and_cache_are_there_where_they_are_not_sixteen() -> None:
+    plain = slim("plain", activation_bits=16.0, cache_bits=16.0)
+    four = slim("four", activation_bits=4.4375, cache_bits=5.0)
+    assert "ctivation" not in make_page([plain, slim("old")])
+    page = make_page([plain, four])
+    assert page.count("Bits per activation") == page.count("Bits per cached value") == 1
+    assert re.findall(r'best" data-sort="([\d.]+)"', page)[:2] == ["4.4375", "5.0"]
+
+
 def test_versions_on_one_text_are_plotted_against_their_bits() -> None:
     page = full_page()
     assert 'aria-label="Perplexity against bits per weight, 2 checkpoints"' in page

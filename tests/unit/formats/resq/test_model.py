@@ -1,5 +1,6 @@
 """Whole ResQ models in transformers: loaded, run, and generating with their quantized cache."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -183,9 +184,16 @@ def test_generation_goes_on_from_an_earlier_cache(model: PreTrainedModel) -> Non
     assert torch.equal(again, whole)
 
 
-def test_an_empty_cache_of_transformers_is_replaced(model: PreTrainedModel) -> None:
-    found = model(TOKENS, past_key_values=DynamicCache(), use_cache=True)
-    assert isinstance(found.past_key_values, ResqCache)
+@pytest.mark.parametrize("sized", [False, True])
+@torch.no_grad()
+def test_an_empty_cache_of_transformers_becomes_ours_for_whoever_passed_it(
+    model: PreTrainedModel, sized: bool
+) -> None:
+    wide = copy.deepcopy(model).to(IN_WIDE)
+    cache = DynamicCache(config=model.config) if sized else DynamicCache()
+    parts = [wide(part, past_key_values=cache).logits for part in TOKENS.split(9, 1)]
+    assert isinstance(cache, ResqCache) and cache.get_seq_length() == TOKENS.shape[1]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(wide), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["filled", "static", "offloaded"])
@@ -251,9 +259,9 @@ def test_layers_may_wait_on_disk(example: Example, model: PreTrainedModel, tmp_p
 
 
 @pytest.fixture
-def copy(example: Example, tmp_path: Path) -> Path:
+def another(example: Example, tmp_path: Path) -> Path:
     """A copy of the example, to be damaged."""
-    return Path(shutil.copytree(example.folder, tmp_path / "copy"))
+    return Path(shutil.copytree(example.folder, tmp_path / "another"))
 
 
 def change_config(folder: Path, **entries: Any) -> None:
@@ -270,30 +278,30 @@ def change_config(folder: Path, **entries: Any) -> None:
         "model.layers.1.mlp.down_proj.hadamard_1",
     ],
 )
-def test_a_missing_tensor_is_named(copy: Path, name: str) -> None:
-    tensors = load_file(copy / "model.safetensors")
+def test_a_missing_tensor_is_named(another: Path, name: str) -> None:
+    tensors = load_file(another / "model.safetensors")
     del tensors[name]
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    save_file(tensors, another / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"tensors missing from the checkpoint \(1\): {name}"):
-        load(copy)
+        load(another)
     with pytest.raises(CheckpointError, match=f"missing from the checkpoint: {name}"):
-        streamed(copy)
+        streamed(another)
 
 
-def test_tensors_of_another_configuration_are_refused(copy: Path) -> None:
-    change_config(copy, bits=[2, 8])
+def test_tensors_of_another_configuration_are_refused(another: Path) -> None:
+    change_config(another, bits=[2, 8])
     with pytest.raises(RuntimeError, match=r"q_proj.weight.*mismatch|size mismatch|mismatched"):
-        load(copy)
+        load(another)
     with pytest.raises(CheckpointError, match=r"shape \[\d+, \d+\], but config.json asks for"):
-        streamed(copy)
+        streamed(another)
 
 
-def test_a_configuration_that_cannot_be_read_is_refused(copy: Path) -> None:
-    change_config(copy, format_version=9)
+def test_a_configuration_that_cannot_be_read_is_refused(another: Path) -> None:
+    change_config(another, format_version=9)
     with pytest.raises(ValueError, match="format_version 9, this rilq reads 1"):
-        load(copy)
+        load(another)
     with pytest.raises(CheckpointError, match="config.json: .*format_version 9"):
-        streamed(copy)
+        streamed(another)
 
 
 def test_an_architecture_without_support_is_refused() -> None:
@@ -342,15 +350,15 @@ def test_gradients_reach_the_first_layer_through_all_quantizers(model: PreTraine
 
 
 @pytest.fixture
-def adapted(copy: Path) -> Path:
+def adapted(another: Path) -> Path:
     """The example with a LoRA on all of its linears, as a conversion leaves it."""
     generator, factors = torch.Generator().manual_seed(3), {}
-    for name, module in load(copy).named_modules():
+    for name, module in load(another).named_modules():
         if isinstance(module, ResqLinear):
             factors[f"{name}.a"] = torch.randn(3, module.in_features, generator=generator) / 4
             factors[f"{name}.b"] = torch.randn(module.out_features, 3, generator=generator) / 4
-    write_peft_adapter(copy, factors, rank=3, alpha=6.0)
-    return copy
+    write_peft_adapter(another, factors, rank=3, alpha=6.0)
+    return another
 
 
 @torch.no_grad()
@@ -378,9 +386,9 @@ def test_an_adapter_cannot_be_merged_into_codes(adapted: Path) -> None:
         beside.merge_and_unload()
 
 
-def test_an_adapter_of_peft_is_trained_through_all_quantizers(copy: Path) -> None:
+def test_an_adapter_of_peft_is_trained_through_all_quantizers(another: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"])
-    trained = get_peft_model(load(copy), config)
+    trained = get_peft_model(load(another), config)
     trained(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
     gradients = {n: p.grad for n, p in trained.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * 3 * 2 and all("lora_" in name for name in gradients)
