@@ -20,6 +20,9 @@ the command line prints it as it is, without a traceback. What others wrote ente
 through `printable` or `one_line`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RilqError(Exception):
     """Base of all errors raised on purpose; its text is meant for the user."""
@@ -80,6 +83,15 @@ class Interrupted(KeyboardInterrupt):
     """
 
     exit_code = 75
+
+
+@contextmanager
+def named(subject: str) -> Iterator[None]:
+    """Put a name before what is found wrong by code that knows no names, such as a quantizer."""
+    try:
+        yield
+    except RilqError as err:
+        raise type(err)(f"{subject}: {err}") from err
 
 
 def printable(text: str, limit: int = 120) -> str:

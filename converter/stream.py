@@ -50,7 +50,7 @@ from rilq.converter.quantizers.lsq import LsqQuantizer
 from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.train import row_order
 from rilq.converter.workdir import Record, WorkDir
-from rilq.errors import CheckpointError, RilqError
+from rilq.errors import CheckpointError, named
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
 from rilq.formats.packing import dequantize_packed
@@ -359,12 +359,12 @@ class StreamingPass:
             if chosen.needs_hessian:
                 assert hessian is not None
                 kept = hessian.clone() if self._starts_from_hessian(group) else None
-                with _named(group.names[0]):
+                with named(group.names[0]):
                     prepared = chosen.prepare(hessian, partial(self._warn, group.names))
                 hessian = kept  # of a wide linear it is the largest thing in memory
             for name in group.names:
                 weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
-                with _named(name):
+                with named(name):
                     if initial is None or not initial.spec.adapts(name):
                         quantized = chosen.quantize(weight, specs[name], prepared)
                     else:
@@ -460,7 +460,7 @@ class StreamingPass:
         weights = {n: tensors[f"{n}.weight"].to(device, torch.float32) for n in trained}
         layer = f"{self.streamed.prefix}.{index}"
         with (
-            _named(layer),
+            named(layer),
             closing(prefetch(repeat(read))) as batches,
         ):
             result = quantizer.quantize_layer(
@@ -501,7 +501,7 @@ class StreamingPass:
             chosen = LsqQuantizer() if seen >= FEW else DATA_FREE
             tokens.count(group, used=chosen is not DATA_FREE)
             weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
-            with _named(name):
+            with named(name):
                 yield name, chosen.quantize(weight, specs[name], squares[name].value())
 
     def _save_alternatives(self, index: int, others: Alternatives) -> dict[int, Path]:
@@ -715,12 +715,3 @@ def check_source(checkpoint: Checkpoint, work: WorkDir) -> None:
                 f"begun: {what}\n"
                 "  pass --work-dir with a new folder to convert the checkpoint as it is now"
             )
-
-
-@contextmanager
-def _named(linear: str) -> Iterator[None]:
-    """Put a linear's name before what a quantizer, which knows no names, finds wrong."""
-    try:
-        yield
-    except RilqError as err:
-        raise type(err)(f"{linear}: {err}") from err

@@ -15,7 +15,7 @@ from rilq.converter.layer_method import LayerMethod, LayerToQuantize
 from rilq.converter.layers import StreamedModel, module_inputs, place_tensor
 from rilq.converter.machine import return_free_memory
 from rilq.converter.resq.weights import fold, gptq_parts, prepare_hessian, round_parts
-from rilq.errors import RilqError
+from rilq.errors import named
 from rilq.formats.resq.config import ResqConfig
 from rilq.formats.resq.linear import ResqLinear
 from rilq.formats.resq.weight import resq_tensors
@@ -106,18 +106,17 @@ class ResqLayers(LayerMethod):
         if self.quantizer == "gptq":
             hessian = self._hessian(layer, first)
             warn = partial(self._warn, list(modules))
-            prepared = prepare_hessian(hessian, first.parts, warn, heads=first.heads)
+            with named(", ".join(modules)):
+                prepared = prepare_hessian(hessian, first.parts, warn, heads=first.heads)
         for name, module in modules.items():
             weight = layer.tensors[f"{name}.weight"].to(device)
             if factors:
                 weight = fold(weight, factors)
-            try:
+            with named(name):
                 if prepared is None:
                     quantized = round_parts(weight, module.parts, heads=module.heads)
                 else:
                     quantized = gptq_parts(weight, module.parts, prepared, heads=module.heads)
-            except RilqError as err:
-                raise type(err)(f"{name}: {err}") from err
             yield resq_tensors(name, quantized)
 
     def _hessian(self, layer: LayerToQuantize, linear: ResqLinear) -> Tensor:

@@ -22,6 +22,7 @@ FLOAT64 = 8  # bytes
 EIGH_COPIES = 8  # of the covariance: damped, eigenvectors, LAPACK's work space, the mixing
 TURNING = 60 << 20  # rows that are being rotated
 SLOWER = 2  # a product in float64 against one in float32
+HOST_FLOPS = 4e11  # in float32 of the processors beside a GPU, assumed: nothing of them is timed
 
 
 def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) -> Plan:
@@ -111,13 +112,15 @@ def _with_state(disk: Disk, state: int, output: int) -> Disk:
 def _seconds(source: StreamedModel, plan: Plan, machine: Machine, *, calibrated: bool) -> float:
     """Of the first pass, of the bases and of the rotation, at the machine's rates."""
     width, tokens = source.config.hidden_size, plan.rows * plan.choices.seqlen
-    flops = SLOWER * 2.0 * plan.parameters * width  # every weight times U_A
+    turning = SLOWER * 2.0 * plan.parameters * width  # every weight times U_A, by the processors
+    flops = 0.0
     if calibrated:
         weights = sum(p.out_features * p.in_features for p in plan.quantized)
         flops += 2.0 * tokens * weights
         flops += SLOWER * 2 * 2.0 * tokens * plan.layers * width**2  # both inputs of a layer
         flops += SLOWER * 10.0 * width**3  # eigenvectors
-    return float(flops / machine.flops)
+    rate = machine.flops if machine.device_free is None else HOST_FLOPS
+    return float(flops / machine.flops + turning / rate)
 
 
 def _notes(calibrated: bool) -> tuple[str, ...]:

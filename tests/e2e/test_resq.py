@@ -62,12 +62,36 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {n: t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "source"),
+    [*((method, {}) for method in METHODS), ("resq", {"lowest_bits": 2, "high_bits": 6})],
+)
 def test_what_is_loaded_computes_what_the_conversion_has_run(
-    method: str, tmp_path: Path, resq: Any
+    method: str, source: dict[str, Any], tmp_path: Path, resq: Any
 ) -> None:
-    options = resq(tmp_path, method=method, keep_work=True)
+    check_loaded(resq(tmp_path, method=method, keep_work=True, **source))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {}),  # has biases
+        ("qwen3", {"head_dim": 8}),  # hidden / heads is 16; norms of queries and keys
+    ],
+    ids=["llama-tied", "mistral", "qwen2", "qwen3"],
+)
+def test_so_it_is_with_every_architecture(
+    model_type: str, sizes: dict[str, Any], tmp_path: Path, resq: Any, make_model: Any
+) -> None:
+    source = make_model(tmp_path / "source", model_type, **sizes)
+    check_loaded(resq(tmp_path, model=str(source), keep_work=True))
+
+
+@torch.no_grad()
+def check_loaded(options: ConvertOptions) -> None:
+    """Convert; what transformers loads has the hidden states that were streamed last."""
     result = run_quietly(options)
     tokens = load_file(options.work / "rows.safetensors")["tokens"]
     model: Any = AutoModelForCausalLM.from_pretrained(options.output, dtype=torch.float32)
