@@ -33,6 +33,8 @@ from rilq.converter.initial import InitialAdapters, set_values, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import (
+    LARGE_BLOCK,
+    SMALL_BLOCK,
     Machine,
     large_blocks_returned,
     measure_machine,
@@ -200,8 +202,14 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     check_fits(job.plan)
     tokenizer = load_tokenizer(job.checkpoint)
     with _open_work(job, fingerprint, report) as work:
-        with memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"):
-            quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
+        conversion = _Conversion(job, work, report)
+        # Offloading is for jobs that have little memory; others would rather have the time.
+        block = SMALL_BLOCK if conversion.choices.student == "offload" else LARGE_BLOCK
+        with (
+            memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"),
+            large_blocks_returned(block),
+        ):
+            quality = conversion.run(tokenizer, fingerprint)
         if ranks.first and not options.keep_work:
             work.remove()
     return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
@@ -470,7 +478,6 @@ class _Conversion:
             recompute=self.choices.recompute,
         )
 
-    @large_blocks_returned()
     def _train(
         self,
         stream: StreamingPass,
