@@ -63,6 +63,7 @@ def expert_groups(
     *,
     hessians: bool,
     device: torch.device,
+    added: Callable[[Tensor], Tensor],
 ) -> Iterator[InputGroup]:
     """The linears of all experts in the order they run, with the tokens that the router gave them.
 
@@ -72,9 +73,10 @@ def expert_groups(
     Args:
         name: full name of `experts`, loaded.
         specs: names of those that are quantized.
-        inputs: once over all rows, the experts' inputs `[tokens, hidden]` and the router's choice
-            `[tokens, chosen]`.
+        inputs: once over this process's rows, the experts' inputs `[tokens, hidden]` and the
+            router's choice `[tokens, chosen]`.
         hessians: whether to sum them, on `device`; else no data is looked at.
+        added: adds a tensor up over all processes.
     """
     wanted = set(specs)
     for numbers in _parts(experts) if hessians else [range(experts.count)]:
@@ -95,6 +97,7 @@ def expert_groups(
             _add_inputs(experts, sums, parts[0], inputs())
             for number, names in members.items():
                 total = sums.pop(number)
+                total.merge(added)
                 yield InputGroup(names, total.take(), total.tokens)
 
 

@@ -148,11 +148,6 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
-        raise OptionError(
-            f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
-            "cannot share yet\n  convert it in one process"
-        )
     plan = make_plan(streamed, options, machine, measure_pace)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
