@@ -171,19 +171,19 @@ class ExpertTokens:
 
 
 def expert_quality(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `rilq.json` tells of experts; empty without any.
+    """What `rilq.json` tells of experts; empty where nobody looked at any.
 
     Args:
         layers: facts of every decoder layer, in order.
     """
-    tokens = []
+    tokens: list[list[float] | None] = []
     data_free: dict[str, int] = {}
     for facts in layers:
-        if "experts" in facts:
-            counts = list(facts["experts"]["seen"].values())
-            tokens.append([min(counts), median(counts), max(counts)])
-            data_free |= facts["experts"]["data_free"]
-    if not tokens:
+        found = facts.get("experts", {"seen": {}, "data_free": {}})
+        counts = list(found["seen"].values())
+        tokens.append([min(counts), median(counts), max(counts)] if counts else None)
+        data_free |= found["data_free"]
+    if not any(tokens):
         return {}
     return {"expert_tokens": tokens, "experts_without_data": data_free}
 

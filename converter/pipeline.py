@@ -394,7 +394,7 @@ class _Conversion:
 
     def _expert_quality(self) -> dict[str, Any]:
         """Tokens of the experts, and those that saw too few; both also said."""
-        quality = expert_quality(r.facts for r in self.work.stage("layers"))
+        quality = expert_quality(r.facts for r in self.work.stage("layers") if "error" in r.facts)
         if few := quality.get("experts_without_data"):
             self.report.warn(
                 f"{len(few)} linears of experts saw too few tokens, and were quantized without "

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM
 from rilq.converter import experts as experts_module
 from rilq.converter import student as student_module
 from rilq.converter.adapters import Adapter, AdapterSpec
-from rilq.converter.experts import DATA_FREE, InputGroup, expert_groups, quantizer_for
+from rilq.converter.experts import (
+    DATA_FREE,
+    ExpertTokens,
+    InputGroup,
+    expert_groups,
+    expert_quality,
+    quantizer_for,
+)
 from rilq.converter.layers import StreamedModel, module_inputs
 from rilq.converter.offload import in_host_memory
 from rilq.converter.options import ConvertOptions, is_router, is_target
@@ -97,6 +104,19 @@ def test_each_expert_is_known_by_the_tokens_that_the_router_gave_it(
             x = expected[name]
             assert group.tokens == len(x)
             torch.testing.assert_close(group.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_experts_are_told_by_decoder_layer() -> None:
+    """Of a DeepSeek the first layers are dense."""
+    tokens = ExpertTokens()
+    for number, seen in enumerate((7, 90, 40)):
+        tokens.count(InputGroup([f"x.experts.{number}.w1"], tokens=seen), used=seen > 8)
+    dense = {"error": 0.1}
+    assert expert_quality([dense, dense | tokens.facts()]) == {
+        "expert_tokens": [None, [7, 40, 90]],
+        "experts_without_data": {"x.experts.0.w1": 7},
+    }
+    assert expert_quality([dense, dense]) == {}
 
 
 @torch.no_grad()
