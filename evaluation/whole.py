@@ -47,15 +47,18 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options = {"revision": revision, "trust_remote_code": False, **options}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
         quantization = getattr(config, "quantization_config", None)
         if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
-            loaded: PreTrainedModel | PeftModel = _load_dequantized(model, config, device, options)
+            loaded: PreTrainedModel | PeftModel = _load_dequantized(
+                model, config, revision=revision, device_map=device, **options
+            )
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(model, device_map=device, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, revision=revision, device_map=device, trust_remote_code=False, **options
+            )
     except (OSError, ValueError) as err:
         raise CheckpointError(
             f"{model}: transformers cannot load it: {one_line(err)}\n"
@@ -70,7 +73,7 @@ def load(
 
 
 def _load_dequantized(
-    model: str | Path, config: PretrainedConfig, device: str, options: dict[str, Any]
+    model: str | Path, config: PretrainedConfig, *, revision: str | None, **options: Any
 ) -> PreTrainedModel:
     """Of a source in FP8: transformers' own dequantization refuses blocks that the edges cut."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
@@ -79,17 +82,17 @@ def _load_dequantized(
     if kind is None:
         raise ValueError(f"{config.model_type} is not a causal language model")
     del config.quantization_config
-    checkpoint = open_source_checkpoint(open_source(str(model), revision=options["revision"]))
+    checkpoint = open_source_checkpoint(open_source(str(model), revision=revision))
     loaded: PreTrainedModel = kind.from_pretrained(
         None,
         config=config,
         state_dict={name: _Tensor(checkpoint, name) for name in checkpoint.tensors},
-        device_map=device,
+        trust_remote_code=False,
         **options,
     )
     with suppress(OSError):  # a checkpoint may have none
         loaded.generation_config = GenerationConfig.from_pretrained(
-            model, revision=options["revision"]
+            model, revision=revision or "main"
         )
     return loaded
 
