@@ -74,7 +74,7 @@ def test_fp8_loaded_whole_is_its_twin_to_the_last_bit(
         assert model.generation_config == twin.generation_config
 
 
-def test_the_speed_of_fp8_is_that_of_its_dequantized_weights(
+def test_fp8_is_timed_with_its_weights_dequantized(
     tmp_path: Path, make_model: Callable[..., Path]
 ) -> None:
     source = make_model(tmp_path / "source", dtype=torch.bfloat16)
