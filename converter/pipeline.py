@@ -150,11 +150,6 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
-        raise OptionError(
-            f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
-            "cannot share yet\n  convert it in one process"
-        )
     plan = make_plan(streamed, options, machine, measure_pace)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
@@ -407,7 +402,7 @@ class _Conversion:
 
     def _expert_quality(self) -> dict[str, Any]:
         """Tokens of the experts, and those that saw too few; both also said."""
-        quality = expert_quality(r.facts for r in self.work.stage("layers"))
+        quality = expert_quality(r.facts for r in self.work.stage("layers") if "error" in r.facts)
         if few := quality.get("experts_without_data"):
             self.report.warn(
                 f"{len(few)} linears of experts saw too few tokens, and were quantized without "
