@@ -412,12 +412,13 @@ class StreamingPass:
                 partial(self._expert_inputs, index, found[1], student),
                 hessians=quantizer.needs_hessian,
                 device=self.streamed.device,
+                added=self.ranks.added,
             )
 
     def _expert_inputs(
         self, index: int, experts: nn.Module, student: ActivationStore
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, batch in student.batches(self.options.batch_rows):
+        for _, batch in student.batches(self.options.batch_rows, self.rows):
             hidden = self._here(batch)
             inputs, chosen, _ = module_inputs(self.streamed, index, experts, hidden)
             yield inputs, chosen
