@@ -45,10 +45,13 @@ TRAIN = (
     *("--val-every", "2", "--rank", "16"),
 )
 
-# Rank 4: at rank 16 the adapters' state of 80 layers takes more than a quarter of so narrow ones.
+# The default quantizer and training, with a fraction of their updates.
+DEFAULT = ("--layer-steps", "40", "--steps", "8", "--val-every", "4")
+
+# Rank 8: at rank 16 the adapters' state of 80 layers takes more than a quarter of so narrow ones.
 LIMITED = (
     *("--quantizer", "rtn", "--clip", "none", "--steps", "2", "--batch-size", "1"),
-    *("--val-every", "2", "--rank", "4"),
+    *("--val-every", "2", "--rank", "8"),
 )
 
 
@@ -172,7 +175,8 @@ def measure(folder: Path, parts: Sequence[str], quick: bool) -> dict[str, Any]:
     )
     results: dict[str, Any] = {
         "own": {"cpu_seconds": own.cpu_seconds, "private_bytes": own.private_bytes,
-                "data_bytes": own.data_bytes, "imports": bench.imports.resident_bytes},
+                "data_bytes": own.data_bytes, "resident_bytes": own.resident_bytes,
+                "imports": bench.imports.resident_bytes},
         "growth": {}, "exponents": {}, "planned": [],
     }  # fmt: skip
     if "limit" in parts:
@@ -202,6 +206,8 @@ def planned(bench: "Bench", quick: bool) -> Iterator[Measured]:
         yield bench.measured(f"gptq, training {tier}", PLANNED, options)
     if not quick:
         yield bench.measured("rtn", PLANNED, ("--quantizer", "rtn", "--train", "none"))
+        yield bench.measured("default", PLANNED, DEFAULT)
+        yield bench.measured("default, rotated", PLANNED, (*DEFAULT, "--rotate"))
 
 
 class Bench:

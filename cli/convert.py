@@ -290,7 +290,12 @@ def convert_options(
     max_shard_size: Annotated[str, option(OUT, "Such as 5GB or 500MiB.")] = "5GB",
     output_dir: Annotated[
         Path | None,
-        option(OUT, "(default: <model>-w<bits>g<group size>-rilq)", "--output-dir", "-o"),
+        option(
+            OUT,
+            "(default: <model>-w<bits>g<group size>-rilq, or such as <model>-w4a4kv4-resq)",
+            "--output-dir",
+            "-o",
+        ),
     ] = None,
     work_dir: Annotated[
         Path | None, option(OUT, "State of the job. (default: <output>.rilq-work)")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from rilq.formats.spec import QuantSpec
 from rilq.progress import Reporter, duration, gigabytes
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ def show_push(result: "PushResult", report: Reporter) -> None:
 
 def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
     choices = plan.choices
-    from rilq.formats.spec import QuantSpec
-
     quantized = [p.spec for p in plan.quantized]
     specs = sorted({(s.bits, s.group_size) for s in quantized if isinstance(s, QuantSpec)})
     shown = ", ".join(f"{bits} bits, groups of {size}" for bits, size in specs)
@@ -68,8 +67,6 @@ def _plan_rows(plan: "Plan") -> list[tuple[str, str]]:
 
 
 def _outer_bits(plan: "Plan", bits: int) -> str:
-    from rilq.formats.spec import QuantSpec
-
     specs = [p.spec for p in plan.outer if isinstance(p.spec, QuantSpec)]
     sizes = {spec.group_size for spec in specs if spec.bits == bits}
     return "".join(f"{bits} bits, groups of {size}" for size in sizes) or "as in the source"

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rilq.converter.machine import large_blocks_returned
+from rilq.converter.machine import SMALL_BLOCK, large_blocks_returned
 from rilq.errors import CheckpointError, UnsupportedArchitectureError, one_line, printable
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import separate_experts
@@ -154,7 +154,7 @@ def build_skeleton(
         # Each weight is real for a moment, if never touched: without the first one, holes in the
         # heap remain of it, 470 MB of address space for 80 layers of hidden size 512.
         with (
-            large_blocks_returned(1 << 17),
+            large_blocks_returned(SMALL_BLOCK),
             init_empty_weights(include_buffers=False),
             _FusedExpertsOnMeta(),
         ):

@@ -63,6 +63,7 @@ def expert_groups(
     *,
     hessians: bool,
     device: torch.device,
+    added: Callable[[Tensor], Tensor],
 ) -> Iterator[InputGroup]:
     """The linears of all experts in the order they run, with the tokens that the router gave them.
 
@@ -72,9 +73,10 @@ def expert_groups(
     Args:
         name: full name of `experts`, loaded.
         specs: names of those that are quantized.
-        inputs: once over all rows, the experts' inputs `[tokens, hidden]` and the router's choice
-            `[tokens, chosen]`.
+        inputs: once over this process's rows, the experts' inputs `[tokens, hidden]` and the
+            router's choice `[tokens, chosen]`.
         hessians: whether to sum them, on `device`; else no data is looked at.
+        added: adds a tensor up over all processes.
     """
     wanted = set(specs)
     for numbers in _parts(experts) if hessians else [range(experts.count)]:
@@ -95,6 +97,7 @@ def expert_groups(
             _add_inputs(experts, sums, parts[0], inputs())
             for number, names in members.items():
                 total = sums.pop(number)
+                total.merge(added)
                 yield InputGroup(names, total.take(), total.tokens)
 
 
@@ -168,19 +171,19 @@ class ExpertTokens:
 
 
 def expert_quality(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `rilq.json` tells of experts; empty without any.
+    """What `rilq.json` tells of experts; empty where nobody looked at any.
 
     Args:
         layers: facts of every decoder layer, in order.
     """
-    tokens = []
+    tokens: list[list[float] | None] = []
     data_free: dict[str, int] = {}
     for facts in layers:
-        if "experts" in facts:
-            counts = list(facts["experts"]["seen"].values())
-            tokens.append([min(counts), median(counts), max(counts)])
-            data_free |= facts["experts"]["data_free"]
-    if not tokens:
+        found = facts.get("experts", {"seen": {}, "data_free": {}})
+        counts = list(found["seen"].values())
+        tokens.append([min(counts), median(counts), max(counts)] if counts else None)
+        data_free |= found["data_free"]
+    if not any(tokens):
         return {}
     return {"expert_tokens": tokens, "experts_without_data": data_free}
 

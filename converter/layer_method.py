@@ -16,13 +16,15 @@ class LayerToQuantize:
 
     Attributes:
         tensors: as read from the checkpoint, by full name.
-        batches: what the quantized layer will be run on, from the first row at every call:
-            `[rows, seq_len, hidden]` on the device.
+        batches: what the quantized layer will be run on, from the first row of this process at
+            every call: `[rows, seq_len, hidden]` on the device.
+        added: adds a tensor up over all processes.
     """
 
     index: int
     tensors: Mapping[str, Tensor]
     batches: Callable[[], Iterator[Tensor]]
+    added: Callable[[Tensor], Tensor]
 
 
 class LayerMethod(ABC):

@@ -246,10 +246,8 @@ class ConvertOptions:
         values["adapter_targets"] = list(self.adapter_targets)
         if self.method != "rilq":
             return resq_options.recorded(self, values)
-        for name in (
-            "method",
-            *resq_options.OWN,
-        ):  # a job that was begun before there were others goes on
+        # Nothing of them: a job that was begun before there were other methods goes on.
+        for name in ("method", *resq_options.OWN):
             del values[name]
         return values
 

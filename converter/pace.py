@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
-from rilq.converter.machine import Machine, seconds_of
+from rilq.converter.machine import Machine, large_blocks_returned, seconds_of
 from rilq.converter.options import ConvertOptions, Tier
 from rilq.converter.quantizers import Quantizer, build_quantizer
 from rilq.converter.quantizers.layerwise import LayerQuantizer
@@ -77,6 +77,7 @@ class Pace:
 Measure = Callable[[Work, ConvertOptions, Machine, Checkpoint], Pace]
 
 
+@large_blocks_returned()  # as in the conversion, where fresh pages have their price
 def measure_pace(
     work: Work, options: ConvertOptions, machine: Machine, checkpoint: Checkpoint
 ) -> Pace:

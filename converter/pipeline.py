@@ -35,6 +35,8 @@ from rilq.converter.layer_method import LayerMethod
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
 from rilq.converter.machine import (
+    LARGE_BLOCK,
+    SMALL_BLOCK,
     Machine,
     large_blocks_returned,
     measure_machine,
@@ -156,16 +158,6 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     machine = _measure(options, ranks)
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
-    if ranks.several and options.resq is not None:
-        raise OptionError(
-            f"--method {options.method}: not with {ranks.count} processes yet\n"
-            "  convert in one process"
-        )
-    if ranks.several and any(streamed.experts(i) for i in range(len(streamed.layers))):
-        raise OptionError(
-            f"{checkpoint.source.label}: a mixture of experts, which {ranks.count} processes "
-            "cannot share yet\n  convert it in one process"
-        )
     if options.resq is None:
         plan = make_plan(streamed, options, machine, measure_pace)
     else:
@@ -216,8 +208,14 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     check_fits(job.plan)
     tokenizer = load_tokenizer(job.checkpoint)
     with _open_work(job, fingerprint, report) as work:
-        with memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"):
-            quality = _Conversion(job, work, report).run(tokenizer, fingerprint)
+        conversion = _Conversion(job, work, report)
+        # Offloading is for jobs that have little memory; others would rather have the time.
+        block = SMALL_BLOCK if conversion.choices.student == "offload" else LARGE_BLOCK
+        with (
+            memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"),
+            large_blocks_returned(block),
+        ):
+            quality = conversion.run(tokenizer, fingerprint)
         if ranks.first and not options.keep_work:
             work.remove()
     return ConvertResult(options.output, job.plan, quality, job.checkpoint.bytes_read)
@@ -392,6 +390,7 @@ class _Conversion:
             seed=o.seed,
             rows=RowsAtOnce(self.choices.batch_rows, self.choices.micro_batch),
             report=self.report,
+            ranks=self.ranks,
         )
         self.checkpoint, self.streamed = base.checkpoint, base.streamed
         return base.layers
@@ -444,7 +443,7 @@ class _Conversion:
 
     def _expert_quality(self) -> dict[str, Any]:
         """Tokens of the experts, and those that saw too few; both also said."""
-        quality = expert_quality(r.facts for r in self.work.stage("layers"))
+        quality = expert_quality(r.facts for r in self.work.stage("layers") if "error" in r.facts)
         if few := quality.get("experts_without_data"):
             self.report.warn(
                 f"{len(few)} linears of experts saw too few tokens, and were quantized without "
@@ -517,7 +516,6 @@ class _Conversion:
             recompute=self.choices.recompute,
         )
 
-    @large_blocks_returned()
     def _train(
         self,
         stream: StreamingPass,

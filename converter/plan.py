@@ -69,11 +69,14 @@ HESSIAN_PASSES = 1.1
 UPDATE_BYTES, ROUND_BYTES = 60, 120
 JOURNAL = 1 << 20  # bytes of the journal, the rows, and small files beside the output
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
-LEARNED_COPIES = 11  # float32 values per weight while a decoder layer is trained
+# Float32 values per weight while a decoder layer is trained: itself, what is rounded with gradient
+# and two moments, and the rounded one; and of one linear at a time, what its backward pass takes.
+LEARNED_COPIES, LEARNED_BACK = 6, 5
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
-# Allocator slack, kernels' work space, the tokenizer, code that is read when first used: of a
-# conversion of one narrow layer on a CPU 100 MB were measured, and 50 more of wide ones.
-FIXED, FIXED_CPU = 300 << 20, 148 << 20
+# Kernels' work space, the tokenizer, code that is read when first used: 100 MB were measured of a
+# conversion of one narrow layer on a CPU. Blocks are rounded up and leave holes: what is counted
+# was up to a twelfth too little there.
+FIXED, FIXED_CPU, SLACK_CPU = 300 << 20, 100 << 20, 1.1
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,7 @@ def make_plan(
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
     on_cpu = machine.device_free is None
     peak = max(stream, train if options.trains != "none" else 0)
-    peak += FIXED_CPU if on_cpu else FIXED
+    peak = round(SLACK_CPU * peak) + FIXED_CPU if on_cpu else peak + FIXED
     host = max(sizes.host_bytes(item, choices), sizes.train_host_bytes(choices)) + FIXED
     beside = _beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
@@ -487,7 +490,7 @@ class _Sizes:
             held += 2 * self.packed_experts + 3 * self.largest_linear * item
             ahead = self.rest_bytes
         if choices.device == "cpu":
-            held += ahead + 2 * self.written_behind(item, choices)
+            held += ahead + self.written_behind(item, choices)
         # Batches of teacher and student, each with the one that is read ahead.
         tokens = choices.batch_rows * self.seqlen
         held += 4 * tokens * self.hidden * item + self.layer_alternatives
@@ -495,10 +498,10 @@ class _Sizes:
         running = tokens * (10 * self.hidden + 4 * self.widest_inner) * item
         quantizer = 8 * 4 * self.largest_linear
         if self.learned_values:
-            # The weights, what is trained with gradient and moments, and what a step keeps.
             learned = self.learned_values if choices.trains_experts else self.rest_values
-            quantizer += LEARNED_COPIES * 4 * learned
-            quantizer += 3 * self.activations(choices.micro_batch, item)
+            training = LEARNED_COPIES * 4 * learned + LEARNED_BACK * 4 * self.largest_linear
+            training += 3 * self.activations(choices.micro_batch, item)
+            quantizer = max(quantizer + 4 * learned, training)
         moments = [running, quantizer]
         if self.hessians:
             sums = 4 * self.widest_input**2
@@ -540,7 +543,8 @@ class _Sizes:
         kept = self.layers * tokens * width * item
         # Student's and teacher's in two forms each, and gradients; a chunk of positions at once.
         logits = 8 * 4 * min(tokens * self.vocabulary, max(LOGITS, self.vocabulary))
-        work = 3 * self.activations(choices.micro_batch, item)
+        # Where all layers' are kept, those of the layer at work are among them.
+        work = (3 if choices.recompute else 2) * self.activations(choices.micro_batch, item)
         once = choices.student == "dense" and not self.trains_scales
         dequantized = 0 if once else 2 * 4 * self.largest_linear
         if self.trains_scales:

@@ -113,6 +113,8 @@ class Ranks:
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Make each parameter's gradient the sum over all processes; none counts as zero.
 
+        One that has none in any process, of an expert that no token chose, stays without.
+
         Args:
             parameters: the same in all processes, all of one dtype.
         """
@@ -122,10 +124,11 @@ class Ranks:
 
         for bucket in _buckets(parameters):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            whole = self.added(torch.cat([gradient.flatten() for gradient in gradients]))
-            sizes = [parameter.numel() for parameter in bucket]
-            for parameter, part in zip(bucket, whole.split(sizes), strict=True):
-                parameter.grad = part.view_as(parameter)
+            there = gradients[0].new_tensor([p.grad is not None for p in bucket])
+            whole = self.added(torch.cat([each.flatten() for each in (*gradients, there)]))
+            *sums, there = whole.split([*(p.numel() for p in bucket), len(bucket)])
+            for parameter, total, count in zip(bucket, sums, there.tolist(), strict=True):
+                parameter.grad = total.view_as(parameter) if count else None
 
 
 ALONE = Ranks()

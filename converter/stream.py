@@ -319,7 +319,8 @@ class StreamingPass:
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerMethod):
             batches = partial(self._batches, student)
-            return quantizer.quantize(LayerToQuantize(index, tensors, batches)), {}
+            layer = LayerToQuantize(index, tensors, batches, self.ranks.added)
+            return quantizer.quantize(layer), {}
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
         kept = {n: tensors[n] for n in tensors if n.removesuffix(".weight") not in specs}
         if not specs:
@@ -411,12 +412,13 @@ class StreamingPass:
                 partial(self._expert_inputs, index, found[1], student),
                 hessians=quantizer.needs_hessian,
                 device=self.streamed.device,
+                added=self.ranks.added,
             )
 
     def _expert_inputs(
         self, index: int, experts: nn.Module, student: ActivationStore
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, batch in student.batches(self.options.batch_rows):
+        for _, batch in student.batches(self.options.batch_rows, self.rows):
             hidden = self._here(batch)
             inputs, chosen, _ = module_inputs(self.streamed, index, experts, hidden)
             yield inputs, chosen

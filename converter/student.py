@@ -34,7 +34,7 @@ from rilq.converter.quantizers.layerwise import round_through
 from rilq.formats.native import RilqConfig, RilqLinear, packed_linear
 from rilq.formats.packing import stored_codes
 from rilq.formats.resq.config import ResqConfig
-from rilq.formats.resq.linear import QuantizedInputLinear, ResqLinear
+from rilq.formats.resq.linear import ResqLinear
 
 
 class AdaptedLinear(nn.Module):
@@ -307,27 +307,8 @@ class Student(nn.Module):
 def _dense(module: RilqLinear | ResqLinear, dtype: torch.dtype) -> nn.Linear:
     """The same linear with its weight dequantized once."""
     if isinstance(module, ResqLinear):
-        return _dense_parts(module, dtype)
+        return module.dense(dtype)
     dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(module.dense_weight(dtype), requires_grad=False)
     dense.bias = module.bias
-    return dense
-
-
-def _dense_parts(module: ResqLinear, dtype: torch.dtype) -> QuantizedInputLinear:
-    """Likewise: its input is still quantized."""
-    factors = module.hadamard
-    dense = QuantizedInputLinear(
-        module.in_features,
-        module.out_features,
-        module.parts,
-        heads=module.heads,
-        hadamard=tuple(map(len, factors)),
-        device="meta",
-        dtype=dtype,
-    )
-    dense.weight = nn.Parameter(module.dense_weight(dtype), requires_grad=False)
-    dense.bias = module.bias
-    for number, factor in enumerate(factors):
-        dense.register_buffer(f"hadamard_{number}", factor)
     return dense

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from rilq.errors import CheckpointError, InputError, one_line
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.fp8 import METHOD, open_source_checkpoint
 from rilq.formats.hub import open_source
 from rilq.formats.lora import ADAPTER_FOLDER
 from rilq.progress import gigabytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Above the weights: activations, the cache of keys and values, and one dequantized linear.
 HEADROOM = 1.1
@@ -31,7 +33,8 @@ def load(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a checkpoint, converted or not, with transformers; for generation and fine-tuning.
 
-    A LoRA that lies beside a converted checkpoint is attached by PEFT.
+    A LoRA that lies beside a converted checkpoint is attached by PEFT. Of a source in block-wise
+    FP8 the dequantized weights are loaded, those that a conversion sees.
 
     Args:
         model: a folder, or `owner/name` on the Hub.
@@ -42,13 +45,20 @@ def load(
     Raises:
         CheckpointError: transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        loaded: PreTrainedModel | PeftModel = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, device_map=device, trust_remote_code=False, **options
-        )
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+            loaded: PreTrainedModel | PeftModel = _load_dequantized(
+                model, config, revision=revision, device_map=device, **options
+            )
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, revision=revision, device_map=device, trust_remote_code=False, **options
+            )
     except (OSError, ValueError) as err:
         raise CheckpointError(
             f"{model}: transformers cannot load it: {one_line(err)}\n"
@@ -60,6 +70,42 @@ def load(
 
         loaded = PeftModel.from_pretrained(loaded, adapter)
     return loaded.eval(), tokenizer
+
+
+def _load_dequantized(
+    model: str | Path, config: PretrainedConfig, *, revision: str | None, **options: Any
+) -> PreTrainedModel:
+    """Of a source in FP8: transformers' own dequantization refuses blocks that the edges cut."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # typed as pairs
+    if kind is None:
+        raise ValueError(f"{config.model_type} is not a causal language model")
+    del config.quantization_config
+    checkpoint = open_source_checkpoint(open_source(str(model), revision=revision))
+    loaded: PreTrainedModel = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict={name: _Tensor(checkpoint, name) for name in checkpoint.tensors},
+        trust_remote_code=False,
+        **options,
+    )
+    with suppress(OSError):  # a checkpoint may have none
+        loaded.generation_config = GenerationConfig.from_pretrained(
+            model, revision=revision or "main"
+        )
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a checkpoint that transformers reads, by a slice, when it comes to it."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, _all: object) -> Tensor:
+        return self.checkpoint.read([self.name])[self.name]
 
 
 @dataclass(frozen=True)
@@ -108,7 +154,7 @@ class Place:
         """
         source = open_source(self.model, revision=self.revision)
         # int32: the packed codes of a converted checkpoint.
-        checkpoint = Checkpoint.open(source, dtypes=SOURCE_DTYPES | {torch.int32})
+        checkpoint = open_source_checkpoint(source, dtypes=SOURCE_DTYPES | {torch.int32})
         needed, free = int(self._bytes(checkpoint) * HEADROOM), free_memory(self.device)
         if needed > free:
             raise InputError(

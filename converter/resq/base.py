@@ -12,6 +12,7 @@ from torch import Tensor
 from rilq.converter.fewer_rows import RowsAtOnce
 from rilq.converter.hadamard import hadamard_factors
 from rilq.converter.layers import StreamedModel
+from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.resq.basis import (
     Bases,
     Covariances,
@@ -96,6 +97,7 @@ def make_base(
     seed: int,
     rows: RowsAtOnce,
     report: Reporter,
+    ranks: Ranks = ALONE,
 ) -> ResqBase:
     """The bases, found by the first pass unless that is done, and what follows from them.
 
@@ -104,14 +106,15 @@ def make_base(
         tokens: calibration rows `[rows, seq_len]` int64.
         seed: of what is random in the bases.
         rows: that run at once.
+        ranks: this process among those that share the rows.
     """
     sizes = resq_sizes(streamed.config)
     path = work.file(f"{BASES}.safetensors")
     if not work.stage(BASES):
         found: Covariances | None = None
         if options.method in NEEDS_COVARIANCES:
-            found = CovariancePass(source, streamed, tokens, work, rows, report).run()
-        _bases(options, sizes, found, seed).save(path)
+            found = CovariancePass(source, streamed, tokens, work, rows, report, ranks).run()
+        ranks.once(lambda: _bases(options, sizes, found, seed).save(path))
         work.commit(BASES, BASES, {}, files={path: file_hash(path)})
     bases = Bases.load(path)
     checkpoint = ResqCheckpoint(source, bases)

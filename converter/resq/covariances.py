@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rilq.calib.activations import ActivationStore, ActivationWriter
+from rilq.calib.activations import ActivationStore, ActivationWriter, part_path
 from rilq.calib.statistics import HessianSum
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.layer_reader import LayerReader, reading_ahead
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import large_blocks_returned, return_free_memory
+from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.resq.basis import Covariances, Sizes
 from rilq.converter.resq.rotated import resq_sizes
 from rilq.converter.workdir import WorkDir
@@ -58,6 +59,11 @@ class LayerSums:
         new = partial(HessianSum, device=device, dtype=torch.float64)
         heads = [new(sizes.head_dim) for _ in range(sizes.kv_heads)]
         return cls(new(sizes.hidden), heads, new(sizes.head_dim))
+
+    def merge(self, added: Callable[[Tensor], Tensor]) -> None:
+        """See `HessianSum.merge`."""
+        for each in (self.residual, *self.values, self.keys):
+            each.merge(added)
 
     def add_keys_and_values(self, keys: Tensor, values: Tensor) -> None:
         """Add those of some rows, each `[rows, kv_heads, seq_len, head_dim]`."""
@@ -109,7 +115,8 @@ class CovariancePass:
         streamed: its model, nothing loaded yet.
         tokens: calibration rows `[rows, seq_len]` int64.
         work: where sums and hidden states go, and what is done already.
-        rows: that run at once.
+        at_once: rows that run at once.
+        ranks: this process among those that share the rows; each keeps states of its own rows.
     """
 
     def __init__(
@@ -118,12 +125,14 @@ class CovariancePass:
         streamed: StreamedModel,
         tokens: Tensor,
         work: WorkDir,
-        rows: RowsAtOnce,
+        at_once: RowsAtOnce,
         report: Reporter,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
-        self.work, self.rows, self.report = work, rows, report
+        self.work, self.at_once, self.report = work, at_once, report
         self.layers = len(streamed.layers)
+        self.ranks, self.rows = ranks, ranks.share(len(tokens))
 
     @torch.no_grad()
     @large_blocks_returned()
@@ -158,7 +167,7 @@ class CovariancePass:
     def _read_outer(self) -> dict[str, Tensor]:
         """From the source, once: a stopped pass finds them in the work folder."""
         tensors = self.checkpoint.read(self.streamed.outer_names())
-        write_tensors(self._outer, tensors)
+        self.ranks.once(partial(write_tensors, self._outer, tensors))
         return tensors
 
     def _load_outer(self, tensors: dict[str, Tensor]) -> None:
@@ -170,14 +179,15 @@ class CovariancePass:
         self.streamed.check_tied()
         path = self._states(0)
         with self._writer(path, "the embedding") as writer:
-            for start in range(0, len(self.tokens), size):
-                writer.append(self.streamed.embed(self.tokens[start : start + size]))
+            for start in range(self.rows.start, self.rows.stop, size):
+                rows = self.tokens[start : min(start + size, self.rows.stop)]
+                writer.append(self.streamed.embed(rows))
         self.work.commit(
             STAGE,
             "embedding",
-            {"source": self._hashes(self.streamed.outer_names())},
+            {"source": self._hashes(self.streamed.outer_names()), **self._starts()},
             files={self._outer: file_hash(self._outer)},
-            passing={path: writer.digest},
+            passing={self._own(path): writer.digest},
         )
 
     def _layers(self, first: int, reader: LayerReader) -> None:
@@ -196,23 +206,24 @@ class CovariancePass:
         with self.streamed.loaded(index, tensors) as layer, watched(layer, sums):
             outputs = (
                 self.streamed.run(index, batch.to(device, non_blocking=True))
-                for _, batch in self._store(index).batches(size)
+                for _, batch in self._store(index).batches(size, self.rows)
             )
             if index + 1 < self.layers:
                 target = self._states(index + 1)
                 with self._writer(target, f"decoder layer {index}") as writer:
                     for out in outputs:
                         writer.append(out)
-                passing[target] = writer.digest
+                passing[self._own(target)] = writer.digest
             else:
                 for _ in outputs:
                     pass
         return_free_memory()
+        sums.merge(self.ranks.added)
         residual, heads = self._save(index, sums)
         self.work.commit(
             STAGE,
             f"layer {index}",
-            {"source": self._hashes(list(tensors))},
+            {"source": self._hashes(list(tensors)), **self._starts()},
             files={heads: file_hash(heads)},
             passing={**passing, residual: file_hash(residual)},
         )
@@ -223,9 +234,10 @@ class CovariancePass:
         total = sums.residual.take().cpu()
         if index:
             total += load_file(self._residual(index - 1))["residual"]
-        write_tensors(residual, {"residual": total})
         values = torch.stack([each.value() for each in sums.values])
-        write_tensors(heads, {"values": values.cpu(), "keys": sums.keys.value().cpu()})
+        means = {"values": values.cpu(), "keys": sums.keys.value().cpu()}
+        self.ranks.once(partial(write_tensors, residual, {"residual": total}))
+        self.ranks.once(partial(write_tensors, heads, means))
         return residual, heads
 
     def _means(self) -> Covariances:
@@ -241,7 +253,7 @@ class CovariancePass:
         """Do one unit, with fewer rows at once where memory asks for it."""
         with_fewer_rows(
             "the covariances",
-            self.rows,
+            self.at_once,
             lambda rows: unit(rows.batch_rows),
             self.work,
             self.report,
@@ -268,11 +280,26 @@ class CovariancePass:
         return rows, seqlen, int(self.streamed.config.hidden_size)
 
     def _store(self, index: int) -> ActivationStore:
-        pinned = self.streamed.device.type == "cuda"
-        return ActivationStore(self._states(index), self._shape, self.streamed.dtype, pinned=pinned)
+        """States of all rows, in as many files as there were processes when they were written."""
+        made = self.work.stage(STAGE)[index].facts.get("starts", (0,))
+        pinned, dtype = self.streamed.device.type == "cuda", self.streamed.dtype
+        path = self._states(index)
+        return ActivationStore(path, self._shape, dtype, pinned=pinned, starts=tuple(made))
 
     def _writer(self, path: Path, label: str) -> ActivationWriter:
-        return ActivationWriter(path, self._shape, self.streamed.dtype, label=label)
+        """For states of this process's rows."""
+        shape = (len(self.rows), *self._shape[1:])
+        dtype, first = self.streamed.dtype, self.rows.start
+        return ActivationWriter(self._own(path), shape, dtype, label=label, first_row=first)
+
+    def _own(self, path: Path) -> Path:
+        """This process's file of some states."""
+        return part_path(path, self.rows.start, self.ranks.count)
+
+    def _starts(self) -> dict[str, Any]:
+        """How states of a unit lie in files, for the journal: nothing where it is one."""
+        starts = list(self.ranks.starts(len(self.tokens)))
+        return {"starts": starts} if self.ranks.several else {}
 
     def _hashes(self, names: list[str]) -> dict[str, str]:
         return {name: self.checkpoint.hashes[name] for name in names}

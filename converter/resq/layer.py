@@ -125,6 +125,7 @@ class ResqLayers(LayerMethod):
         for hidden in layer.batches():
             (inputs,) = module_inputs(self._student, layer.index, linear, hidden)
             total.add(linear.quantized_input(inputs))
+        total.merge(layer.added)
         return total.take()
 
     def _warn(self, linears: list[str], text: str) -> None:

@@ -40,8 +40,8 @@ class Subject:
         recipe, calibration, versions, machine: likewise.
         bits_per_weight, size_bytes, activation_bits, cache_bits: as of `Evaluation`.
         quality: further figures of `rilq.json`, by name.
-        expert_tokens: of each layer with experts, the least, median and greatest number of tokens
-            that one of them saw.
+        expert_tokens: of each decoder layer, the least, median and greatest number of tokens that
+            one of its experts saw; None without experts.
         experts_without_data: linears of experts that were quantized without data, with the tokens
             that they saw.
         evaluations: the newest first, one for each text.
@@ -63,7 +63,7 @@ class Subject:
     activation_bits: float | None = None
     cache_bits: float | None = None
     quality: Mapping[str, float] = field(default_factory=dict)
-    expert_tokens: tuple[tuple[float, ...], ...] = ()
+    expert_tokens: tuple[tuple[float, ...] | None, ...] = ()
     experts_without_data: Mapping[str, int] = field(default_factory=dict)
     evaluations: tuple[Evaluation, ...] = ()
     losses: tuple[LossPoint, ...] = ()
@@ -110,7 +110,7 @@ def folder_subject(folder: Path, runs: Sequence[Run] = ()) -> Subject:
             activation_bits=manifest.get("activation_bits", SIXTEEN),
             cache_bits=manifest.get("cache_bits", SIXTEEN),
             quality={n: v for n, v in quality.items() if isinstance(v, int | float)},
-            expert_tokens=tuple(map(tuple, quality.get("expert_tokens", ()))),
+            expert_tokens=tuple(each and tuple(each) for each in quality.get("expert_tokens", ())),
             experts_without_data=dict(quality.get("experts_without_data", {})),
             evaluations=recorded.evaluations or tuple(kept_figures(folder)),
             losses=recorded.losses or finite_losses(losses_of(quality)),

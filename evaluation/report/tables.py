@@ -151,10 +151,11 @@ def _expert_tokens(subject: Subject) -> Table:
     rows = tuple(
         (Cell(str(index), index), *(Cell(f"{count:,.10g}", count) for count in counts))
         for index, counts in enumerate(subject.expert_tokens)
+        if counts is not None
     )
     return Table(
         "Tokens of the experts",
-        ("of the layers with experts", "least", "median", "most"),
+        ("layer", "least", "median", "most"),
         rows,
         frozenset(range(4)),
     )

@@ -10,7 +10,7 @@ Public, by module (importing this package imports none of them):
     linear      ResqLinear, QuantizedInputLinear
     cache       ResqCache                 packed keys and values
     attention   KeyRotation               U_C; stored as `<layer>.self_attn.key_rotation.weight`
-    install     install, install_dense, full_precision, ARCHITECTURES
+    install     install, full_precision, ARCHITECTURES
     loading     ResqHfQuantizer           registration with transformers
 
 Source: ResQ, Saxena et al. 2024 (arXiv:2412.14363).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,17 +33,6 @@ def install(model: nn.Module, config: ResqConfig, prefix: str = "") -> list[str]
     Raises:
         ValueError: an architecture without support, or sizes that do not fit the configuration.
     """
-    return _install(model, config, prefix, ResqLinear)
-
-
-def install_dense(model: nn.Module, config: ResqConfig, prefix: str = "") -> list[str]:
-    """As `install`, but with dense weights: `QuantizedInputLinear`, for while they are made."""
-    return _install(model, config, prefix, QuantizedInputLinear)
-
-
-def _install(
-    model: nn.Module, config: ResqConfig, prefix: str, kind: type[QuantizedInputLinear]
-) -> list[str]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     attentions = list(_attentions(model))
@@ -54,11 +43,13 @@ def _install(
             continue
         leaf = path.rpartition(".")[2]
         heads = attentions[0].config.num_attention_heads if leaf == PER_HEAD else 1
-        empty = _named(name, lambda: _empty_linear(kind, module, config, leaf, heads))  # noqa: B023
+        with _named(name):
+            empty = _empty_linear(module, config, leaf, heads)
         model.set_submodule(path, empty.train(module.training))
         replaced.append(name)
     for attention in attentions:
-        parts = _named("keys and values", lambda: config.cache_parts(attention.head_dim))  # noqa: B023
+        with _named("keys and values"):
+            parts = config.cache_parts(attention.head_dim)
         if config.rotates_keys:
             attention.key_rotation = KeyRotation(attention.head_dim, device="meta")
         quantize_attention(attention, parts)
@@ -90,10 +81,8 @@ def _attentions(model: nn.Module) -> Iterator[Any]:
         raise ValueError(f"quantization_config: rilq-resq: no module named {ATTENTION_MODULE}")
 
 
-def _empty_linear(
-    kind: type[QuantizedInputLinear], linear: nn.Linear, config: ResqConfig, leaf: str, heads: int
-) -> QuantizedInputLinear:
-    return kind(
+def _empty_linear(linear: nn.Linear, config: ResqConfig, leaf: str, heads: int) -> ResqLinear:
+    return ResqLinear(
         linear.in_features,
         linear.out_features,
         config.linear_parts(leaf, linear.in_features // heads),
@@ -105,9 +94,10 @@ def _empty_linear(
     )
 
 
-def _named(name: str, make: Callable[[], Any]) -> Any:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        return make()
+        yield
     except ValueError as err:
         raise ValueError(f"{name}: {err}") from err
 

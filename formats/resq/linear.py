@@ -133,6 +133,24 @@ class ResqLinear(QuantizedInputLinear):
         """The dequantized weight `[out_features, in_features]`."""
         return dense_weight(self.codes(), self.weight_scale, self.parts, self.heads, dtype)
 
+    def dense(self, dtype: torch.dtype) -> QuantizedInputLinear:
+        """The same linear with its weight dequantized once; its input is quantized still."""
+        factors = self.hadamard
+        made = QuantizedInputLinear(
+            self.in_features,
+            self.out_features,
+            self.parts,
+            heads=self.heads,
+            hadamard=[len(factor) for factor in factors],
+            device="meta",
+            dtype=dtype,
+        )
+        made.weight = nn.Parameter(self.dense_weight(dtype), requires_grad=False)
+        made.bias = self.bias
+        for number, factor in enumerate(factors):
+            made.register_buffer(f"hadamard_{number}", factor)
+        return made.train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         wants_gradient = torch.is_grad_enabled() and x.requires_grad

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from rilq.calib.activations import ActivationStore, ActivationWriter
 from rilq.converter.layer_reader import reading_ahead
 from rilq.converter.options import Tier, Train
 from rilq.converter.quantizers import build_quantizer, inverse_factor
-from rilq.formats.checkpoint import Checkpoint
+from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
+from rilq.formats.export import vllm
 from rilq.formats.native import native_tensors
 from rilq.formats.packed_linear import packed_linear
 from rilq.formats.packing import dequantize, dequantize_packed, pack
@@ -205,3 +206,63 @@ def test_a_wide_hessian_is_factored_in_its_own_memory(monkeypatch: pytest.Monkey
     assert torch.cuda.max_memory_allocated() - before <= inverse_factor.factor_bytes(4096)
     on_cpu = inverse_factor.inverse_factor(hessian, 0.01, print)
     torch.testing.assert_close(factor.cpu(), on_cpu, rtol=1e-3, atol=1e-4)
+
+
+# Linears of a decoder layer that vLLM makes one of, by their rows.
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+def fused_linears(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor], torch.Tensor]]:
+    """Of an export's only layer as vLLM loads them: names, packed tensors, dense weight."""
+    stored = Checkpoint.open(LocalFolder(folder), dtypes=SOURCE_DTYPES | {torch.int32})
+    dense = vllm.read(folder)
+    for members in FUSED:
+        names = [f"model.layers.0.{member}" for member in members]
+        tensors = {
+            part: torch.cat([stored.read([f"{n}.{part}"])[f"{n}.{part}"] for n in names])
+            for part in ("weight", "weight_scale", "zero_point")
+        }
+        yield ", ".join(members), tensors, torch.cat([dense.read(f"{n}.weight") for n in names])
+
+
+@pytest.mark.filterwarnings("default")  # what humming and triton warn of is not ours
+@pytest.mark.parametrize(
+    ("bits", "dtype", "within"),
+    [(2, "fp16", 2e-3), (3, "fp16", 2e-3), (4, "fp16", 2e-3), (8, "fp16", 2e-3), (2, "bf16", 2e-2)],
+)
+def test_a_merged_linear_through_hummings_kernel_is_the_dense_one(
+    bits: int,
+    dtype: str,
+    within: float,
+    tmp_path: Path,
+    make_model: Callable[..., Path],
+    arguments: Callable[..., list[str]],
+) -> None:
+    """Closer than it would be if the adapter in the zero-points were lost to rounding them."""
+    humming = pytest.importorskip("humming.layer", reason="needs humming-kernels")
+    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=1)
+    source = make_model(tmp_path / "source", **sizes)
+    words = arguments(tmp_path, "--bits", bits, "--quantizer", "lsq", model=source)
+    export = ["export", str(tmp_path / "out"), "--to", "vllm", "-o", str(tmp_path / "vllm")]
+    for command in (words, [*export, "--dtype", dtype]):
+        subprocess.run([sys.executable, "-m", "rilq", *command], check=True)
+    told = json.loads((tmp_path / "vllm" / "config.json").read_text())["quantization_config"]
+    compute = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    draw = torch.Generator().manual_seed(0)
+    for names, tensors, weight in fused_linears(tmp_path / "vllm"):
+        layer = humming.HummingLayer(*weight.shape, dict(told), torch_dtype=compute).cuda()
+        layer.weight_schema.validate_tensors(tensors, *weight.shape, compute)
+        layer.load_from_tensors(tensors)
+        layer.transform()
+        rounded = {**tensors, "zero_point": tensors["zero_point"].round()}
+        without = dequantize_packed(*rounded.values(), bits)
+        for rows in (1, 100):
+            x = torch.randn(rows, weight.shape[1], generator=draw).to(compute)
+            found, expected = layer(x.cuda()).cpu().float(), x.float() @ weight.T
+            assert (found - expected).norm() < within * expected.norm(), (names, rows)
+            assert (x.float() @ without.T - found).norm() > within * expected.norm(), names

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixture_examples import MIXTURES
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,20 +35,30 @@ def made() -> dict[Any, Path]:
 def converted(
     made: dict[Any, Path],
     tmp_path_factory: pytest.TempPathFactory,
+    make_model: Any,
     together: Any,
     run_cli: Any,
     arguments: Any,
 ) -> Callable[..., Path]:
-    """`converted(count, *options)`: the output of an unbroken conversion by so many processes."""
+    """`converted(count, *options)`: the output of an unbroken conversion by so many processes.
 
-    def make(count: int, *options: object) -> Path:
-        if (count, options) not in made:
+    With `mixture`, of a random mixture of 16 experts, of which some see few tokens.
+    """
+
+    def make(count: int, *options: object, mixture: bool = False) -> Path:
+        key = (count, options, mixture)
+        if mixture and "source" not in made:
+            many = {**MIXTURES["qwen3_moe"], "num_experts": 16}
+            source = tmp_path_factory.mktemp("mixture") / "source"
+            made["source"] = make_model(source, "qwen3_moe", **many)
+        if key not in made:
             folder = tmp_path_factory.mktemp("whole")
-            words = arguments(folder, *options)
+            more = {"model": made["source"]} if mixture else {}
+            words = arguments(folder, *options, **more)
             ended = [run_cli(*words)] if count == 1 else together(count, words)
             assert [each.code for each in ended] == [0] * count, [each.err for each in ended]
-            made[count, options] = folder / "out"
-        return made[count, options]
+            made[key] = folder / "out"
+        return made[key]
 
     return make
 
@@ -93,6 +104,30 @@ def test_two_processes_make_what_one_does(
     converted: Any, options: tuple[str, ...], rel: float
 ) -> None:
     agree(converted(1, *options), converted(2, *options), rel)
+
+
+@pytest.mark.parametrize(
+    ("options", "rel"),
+    [
+        (("--adapter-targets", "all", "--batch-size", 2), 2e-2),
+        pytest.param((*GPTQ, "--adapter-targets", "all"), 1e-2, marks=SLOW),
+        pytest.param((*GPTQ, "--expert-memory", "1kB"), 1e-2, marks=SLOW),
+    ],
+    ids=["blockap", "gptq", "gptq, experts one by one"],
+)
+def test_two_processes_make_of_a_mixture_what_one_does(
+    converted: Any, options: tuple[str, ...], rel: float
+) -> None:
+    """Experts are known by the tokens of all processes, and so are those that saw too few."""
+    one, two = (converted(count, *options, mixture=True) for count in (1, 2))
+    agree(one, two, rel)
+    seen = []
+    for output in (one, two):
+        quality = json.loads((output / "rilq.json").read_text())["quality"]
+        few = {n: c for n, c in quality["experts_without_data"].items() if ".layers.0." in n}
+        seen.append((quality["expert_tokens"][0], few))
+    assert seen[0] == seen[1]
+    assert seen[0][1]
 
 
 @SLOW

@@ -248,6 +248,31 @@ def test_another_method_is_another_job(tmp_path: Path, resq: Any, convert: Any) 
     assert "--method: 'resq' there, 'quik' now" in ended.err
 
 
+def test_two_processes_find_what_one_finds_but_for_rounding(
+    tmp_path: Path, together: Any, run_cli: Any, tiny_llama: Path, calib: Path
+) -> None:
+    def command(folder: Path) -> list[str]:
+        return ["convert", *map(str, words(tiny_llama, calib, folder, "--no-report"))]
+
+    assert run_cli(*command(tmp_path / "one")).code == 0
+    shared = tmp_path / "two"
+    stopped = together(2, command(shared), ("covariances:committed", 2))  # after the first layer
+    assert stopped[0].code == KILLED
+    ended = together(2, command(shared))
+    assert [each.code for each in ended] == [0, 0], [each.err for each in ended]
+    one, two = tensors_of(tmp_path / "one" / "out"), tensors_of(shared / "out")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if tensor.dtype != torch.int32:  # scales and rotations, and what is rotated
+            apart = (tensor.float() - two[name].float()).norm() / tensor.float().norm()
+            assert apart < 0.05, name  # a clipped scale is one of a grid, and may be the next
+    errors = [
+        json.loads((folder / "out" / "rilq.json").read_text())["quality"]["layer_errors"]
+        for folder in (tmp_path / "one", shared)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,19 @@ from transformers import AutoModelForCausalLM
 from rilq.converter import experts as experts_module
 from rilq.converter import student as student_module
 from rilq.converter.adapters import Adapter, AdapterSpec
-from rilq.converter.experts import DATA_FREE, InputGroup, expert_groups, quantizer_for
+from rilq.converter.experts import (
+    DATA_FREE,
+    ExpertTokens,
+    InputGroup,
+    expert_groups,
+    expert_quality,
+    quantizer_for,
+)
 from rilq.converter.layers import StreamedModel, module_inputs
 from rilq.converter.offload import in_host_memory
 from rilq.converter.options import ConvertOptions, is_router, is_target
 from rilq.converter.quantizers import build_quantizer
+from rilq.converter.ranks import ALONE
 from rilq.converter.student import AdaptedLinear, Student
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.experts import Expert, Experts, separate_experts
@@ -85,11 +93,57 @@ def test_each_expert_is_known_by_the_tokens_that_the_router_gave_it(
             yield module_inputs(streamed, 0, found[1], streamed.embed(part))[:2]
 
     with streamed.loaded(0, streamed.read_layer(0)):
-        groups = list(expert_groups(*found, expected, inputs, hessians=True, device=CPU))
+        groups = list(
+            expert_groups(*found, expected, inputs, hessians=True, device=CPU, added=ALONE.added)
+        )
     assert len(passes) == 2 * 4 // together
     assert sorted(name for group in groups for name in group.names) == sorted(expected)
     assert sum(group.tokens or 0 for group in groups if len(group.names) == 1) == 2 * ROWS.numel()
     for group in groups:
+        for name in group.names:
+            x = expected[name]
+            assert group.tokens == len(x)
+            torch.testing.assert_close(group.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_experts_are_told_by_decoder_layer() -> None:
+    """Of a DeepSeek the first layers are dense."""
+    tokens = ExpertTokens()
+    for number, seen in enumerate((7, 90, 40)):
+        tokens.count(InputGroup([f"x.experts.{number}.w1"], tokens=seen), used=seen > 8)
+    dense = {"error": 0.1}
+    assert expert_quality([dense, dense | tokens.facts()]) == {
+        "expert_tokens": [None, [7, 40, 90]],
+        "experts_without_data": {"x.experts.0.w1": 7},
+    }
+    assert expert_quality([dense, dense]) == {}
+
+
+@torch.no_grad()
+def test_processes_know_experts_by_the_tokens_of_all_of_them(
+    streamed: StreamedModel, mixtral: Path
+) -> None:
+    """The second one's tensors are kept, to be added to the first one's."""
+    expected = routed_inputs(mixtral)
+    found = streamed.experts(0)
+    assert found is not None
+    second: list[Tensor] = []
+
+    def groups(rows: Tensor, added: Callable[[Tensor], Tensor]) -> list[InputGroup]:
+        def inputs() -> Iterator[tuple[Tensor, Tensor]]:
+            yield module_inputs(streamed, 0, found[1], streamed.embed(rows))[:2]
+
+        return list(expert_groups(*found, expected, inputs, hessians=True, device=CPU, added=added))
+
+    def kept(tensor: Tensor) -> Tensor:
+        second.append(tensor.clone())
+        return tensor
+
+    with streamed.loaded(0, streamed.read_layer(0)):
+        groups(ROWS[1:], kept)
+        together = groups(ROWS[:1], lambda tensor: tensor + second.pop(0))
+    assert not second
+    for group in together:
         for name in group.names:
             x = expected[name]
             assert group.tokens == len(x)
@@ -101,7 +155,7 @@ def test_no_data_is_looked_at_where_none_is_needed(streamed: StreamedModel) -> N
     found = streamed.experts(1)
     assert found is not None
     names = [name for name in streamed.linears(1) if EXPERTS in name]
-    groups = list(expert_groups(*found, names, _never, hessians=False, device=CPU))
+    groups = list(expert_groups(*found, names, _never, hessians=False, device=CPU, added=_never))
     assert [len(group.names) for group in groups] == [2] * 4 + [1] * 4
     assert all(group.hessian is None and group.tokens is None for group in groups)
 

@@ -24,6 +24,24 @@ def test_one_alone_changes_nothing() -> None:
     assert ALONE.first and not ALONE.several
 
 
+class Twins(Ranks):
+    """Two processes that have the same."""
+
+    def added(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+
+def test_gradients_are_added_up_and_where_nobody_has_one_there_is_none() -> None:
+    """As of an expert that no token chose: Adam takes no step with it, in one process or many."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    parameters[0].grad = torch.full((2, 3), 1.5)
+    parameters[2].grad = torch.zeros(2, 3)
+    Twins(count=2).add_gradients(parameters)
+    assert torch.equal(parameters[0].grad, torch.full((2, 3), 3.0))
+    assert parameters[1].grad is None
+    assert torch.equal(parameters[2].grad, torch.zeros(2, 3))
+
+
 def test_gradients_go_in_buckets_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rilq.converter.ranks.BUCKET", 40)
     parameters = [torch.zeros(size) for size in (4, 6, 1, 20, 2)]

@@ -93,7 +93,7 @@ def subject(name: str = "model-w2g64-rilq", **changes: object) -> Subject:
         "bits_per_weight": 2.5,
         "size_bytes": 911_128,
         "quality": {"merge_max_logit_difference": 0.0117},
-        "expert_tokens": ((12, 480.5, 2210),),
+        "expert_tokens": (None, (12, 480.5, 2210)),
         "experts_without_data": {f"model.layers.1.mlp.experts.3.{HOSTILE}": 12},
         "evaluations": (evaluation(),),
         "losses": made.losses,

@@ -60,9 +60,9 @@ def test_it_says_the_figures_first() -> None:
         assert shown in text, shown
 
 
-def test_experts_without_data_are_listed() -> None:
+def test_experts_without_data_are_listed_and_layers_with_experts_by_their_number() -> None:
     text = " ".join(Read(full_page()).text.split())
-    assert "0 12 480.5 2,210" in text
+    assert "Tokens of the experts layer least median most 1 12 480.5 2,210" in text
     assert "Experts quantized without data linear tokens model.layers.1.mlp.experts.3." in text
 
 

@@ -30,7 +30,7 @@ from rilq.formats.lora import ADAPTER_FOLDER, write_peft_adapter
 from rilq.formats.resq.cache import ResqCache
 from rilq.formats.resq.config import ResqConfig
 from rilq.formats.resq.hadamard import kronecker_apply
-from rilq.formats.resq.install import ARCHITECTURES, full_precision, install, install_dense
+from rilq.formats.resq.install import ARCHITECTURES, full_precision, install
 from rilq.formats.resq.linear import ResqLinear
 from rilq.formats.source import LocalFolder
 from rilq.progress import SilentReporter
@@ -81,7 +81,8 @@ def test_without_quantizers_a_model_computes_what_it_did(
     plain, generator = load(source), torch.Generator().manual_seed(0)
     factors = [orthogonal(size, generator) for size in HADAMARD]
     skeleton = load(source)
-    install_dense(skeleton, ResqConfig(hadamard=HADAMARD))
+    for name in install(skeleton, ResqConfig(hadamard=HADAMARD)):
+        skeleton.set_submodule(name, skeleton.get_submodule(name).dense(torch.float32))
     tensors = dict(plain.state_dict())
     for name, tensor in skeleton.state_dict().items():
         if name.endswith("down_proj.weight"):
