@@ -329,7 +329,7 @@ def test_one_run_becomes_event_files(made: Path, tmp_path: Path, recorded: Any) 
         (("--db", "missing.db"), "there is no such database"),
         (("--db", "none"), "nothing to list"),
         (("--state", "odd"), "expected one of running"),
-        (("--sort", "odd"), "no run has it; there are best_step"),
+        (("--sort", "odd"), "no run has it; there are activation_bits"),
         (("--tensorboard", "x"), "which run"),
         (("--json", "--csv"), "give one of them"),
     ],
