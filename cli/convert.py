@@ -427,7 +427,7 @@ def convert(
     as_json: AsJson = False,
     log_file: LogFile = None,
 ) -> None:
-    """Convert a checkpoint to 2 bits; run it again to continue a stopped job."""
+    """Convert a checkpoint to 2 bits, or to W4A4KV4; run it again to continue a stopped job."""
     if private and push_to is None:
         raise OptionError("--private: has no meaning without --push-to OWNER/NAME")
     with (
