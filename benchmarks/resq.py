@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "resq without U_A": {"method": "resq", "rotations": "BCD"},
     "resq without U_B, U_C": {"method": "resq", "rotations": "AD"},
     "resq without U_D": {"method": "resq", "rotations": "ABC"},
+    "resq, LoRA of rank 16": {"method": "resq", "rank": 16},
 }
 
 

@@ -174,7 +174,8 @@ def ascending_eigenvectors(covariance: Tensor) -> Tensor:
 
 def mixing(parts: Parts, generator: torch.Generator) -> Tensor:
     """Block-diagonal `[n, n]` float64: for each part, uniform over the orthogonal matrices."""
-    return torch.block_diag(*(random_orthogonal(width, generator) for width in parts.widths))
+    blocks: Tensor = torch.block_diag(*(random_orthogonal(n, generator) for n in parts.widths))
+    return blocks
 
 
 def _calibrated(covariance: Tensor, parts: Parts, generator: torch.Generator) -> Tensor:

@@ -190,10 +190,11 @@ def _round_block(columns: Tensor, U: Tensor, scale: Tensor, bits: int) -> tuple[
 
 def _best_scale(weight: Tensor, bits: int, importance: Tensor | None) -> Tensor:
     """`clipped_scale` of few enough rows to hold some copies of them."""
-    largest = weight.abs().amax(1) / (2 ** (bits - 1) - 1)  # [out]
+    largest: Tensor = weight.abs().amax(1) / (2 ** (bits - 1) - 1)  # [out]
 
     def candidate(factor: Tensor | float) -> Tensor:
-        return (largest * factor).clamp_(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+        scale = (largest * factor).clamp_(SMALLEST_SCALE, LARGEST_SCALE)
+        return scale.half().float()
 
     def error(scale: Tensor) -> Tensor:
         values = _nearest(weight, scale[:, None], bits).mul_(scale[:, None])
