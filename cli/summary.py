@@ -68,6 +68,9 @@ def show_conversion(result: ConvertResult, model: str, page: Path | None, consol
         line = sparkline(errors, console.encoding)
         rows.append(("error by layer", f"{line}  {min(errors):.3g} to {max(errors):.3g}"))
     rows.append(("bits per weight", f"{plan.bits_per_weight:.2f}"))
+    if (bits := plan.run_time_bits) is not None:
+        shown = f"{bits.activation_bits:.2f} per activation, {bits.cache_bits:.2f} per cached value"
+        rows.append(("bits when it runs", shown))
     rows.append(("size", f"{gigabytes(plan.output_bytes)}, of {gigabytes(plan.read_bytes)} read"))
     output = str(result.output)
     following = [

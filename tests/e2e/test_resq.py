@@ -141,6 +141,8 @@ def test_commands_plan_convert_verify_and_evaluate(
     assert measured.code == 0, measured.err
     figures = json.loads(measured.out)
     manifest = json.loads((tmp_path / "out" / "rilq.json").read_text())
+    shown = "bits when it runs  {activation_bits:.2f} per activation, {cache_bits:.2f} per cached"
+    assert shown.format(**manifest) in ended.err
     for name in ("bits_per_weight", "activation_bits", "cache_bits"):
         assert figures[name] == pytest.approx(manifest[name])
 
