@@ -20,9 +20,10 @@ class PackedHfQuantizer(HfQuantizer):
         """Turn transformers' mere report of missing tensors into an error.
 
         Raises:
-            ValueError: tensors of quantized modules were not in the checkpoint, or codes that wait
-                on disk would not come back as they are.
+            ValueError: tensors of quantized modules were not in the checkpoint or have other
+                shapes, or codes that wait on disk would not come back as they are.
         """
+        _check_shapes(model)
         tensors: dict[str, Tensor] = {}
         hooked: list[tuple[str, KeptBuffers]] = []
         for path, module in model.named_modules():
@@ -71,6 +72,24 @@ def keep_from_initializing(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, KeptBuffers):
             module._is_hf_initialized = True  # type: ignore[assignment]
+            module.shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """transformers 5.5 takes tensors of any shape where there is a quantizer."""
+    wrong = [
+        f"{path}.{name} {list(tensor.shape)}, expected {list(module.shapes[name])}"
+        for path, module in model.named_modules()
+        if isinstance(module, KeptBuffers)
+        for name, tensor in module.state_dict().items()
+        if tuple(tensor.shape) != module.shapes.get(name, tuple(tensor.shape))
+    ]
+    if wrong:
+        raise ValueError(
+            f"tensors of other shapes than quantization_config asks for ({len(wrong)}): "
+            f"{wrong[0]}\n"
+            "  config.json and the tensors do not belong together; download both again"
+        )
 
 
 def _check_offloaded(path: str, module: nn.Module) -> None:

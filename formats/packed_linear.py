@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -91,9 +92,15 @@ def packed_linear(
 
 
 class KeptBuffers(nn.Module):
-    """A module with buffers whose dtype stays what it is, whatever the module is cast to."""
+    """A module with buffers whose dtype stays what it is, whatever the module is cast to.
+
+    Attributes:
+        kept_buffers: names of these.
+        shapes: of its tensors, where transformers loads it.
+    """
 
     kept_buffers: tuple[str, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeptBuffers:
         """Move like any module, but keep the dtype of some buffers."""

@@ -30,7 +30,7 @@ class DenseTurns:
 
     @cached_property
     def _stays(self) -> bool:
-        """Whether U_A is the identity, of which nobody has to multiply millions of rows by."""
+        """Whether U_A is the identity, which no row need be multiplied by."""
         return _is_identity(self.bases.residual)
 
     def residual(self, rows: Tensor) -> Tensor:

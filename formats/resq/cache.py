@@ -147,6 +147,8 @@ class ResqCacheLayer(CacheLayerMixin):
         """No bound."""
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in transformers 5.5
+
     @property
     def nbytes(self) -> int:
         """Memory of all that is kept."""
@@ -164,14 +166,12 @@ class ResqCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens.
 
-        Raises:
-            ValueError: the number is positive, which transformers once took for a length.
+        A positive number is how many are kept, as transformers 5.5 means it.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): expected 0 or minus a number of tokens")
-        if tokens_to_remove and self.packed is not None:
-            kept = max(0, self.get_seq_length() + tokens_to_remove)
-            self._each(lambda states: states.first(kept))
+        length = self.get_seq_length()
+        kept = min(tokens_to_remove, length) if tokens_to_remove > 0 else length + tokens_to_remove
+        if kept < length:
+            self._each(lambda states: states.first(max(0, kept)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row `i` becomes what row `beam_idx[i]` was."""

@@ -32,7 +32,7 @@ def filled() -> tuple[ResqCache, Tensor, Tensor]:
 
 def given_back(cache: ResqCache) -> tuple[Tensor, Tensor]:
     """Keys and values of the tokens that are in the cache now."""
-    token = torch.zeros(cache.batch_size, 3, 1, 32)
+    token = torch.zeros(cache.codes[0].batch_size, 3, 1, 32)
     keys, values = cache.update(token, token, 0)
     return keys[:, :, :-1], values[:, :, :-1]
 
@@ -77,8 +77,8 @@ def test_cropping_forgets_the_last_tokens(filled: tuple[ResqCache, Tensor, Tenso
     cache.crop(-3)
     found = given_back(cache)
     assert torch.equal(found[0], keys[:, :, :4]) and torch.equal(found[1], values[:, :, :4])
-    with pytest.raises(ValueError, match=r"crop\(2\): expected 0 or minus"):
-        cache.crop(2)
+    cache.crop(2)  # as transformers 5.5 means it
+    assert torch.equal(given_back(cache)[0], keys[:, :, :2])
 
 
 @pytest.mark.parametrize(
@@ -102,5 +102,5 @@ def test_rows_of_the_batch_move_as_beam_search_asks(
 def test_a_reset_cache_is_empty(filled: tuple[ResqCache, Tensor, Tensor]) -> None:
     cache = filled[0]
     cache.reset()
-    assert (cache.get_seq_length(), cache.nbytes, cache.batch_size) == (0, 0, -1)
+    assert (cache.get_seq_length(), cache.nbytes, cache.codes[0].batch_size) == (0, 0, -1)
     assert torch.equal(cache.update(drawn(2), drawn(2), 0)[0], left(drawn(2)))

@@ -291,7 +291,9 @@ def test_a_missing_tensor_is_named(another: Path, name: str) -> None:
 
 def test_tensors_of_another_configuration_are_refused(another: Path) -> None:
     change_config(another, bits=[2, 8])
-    with pytest.raises(RuntimeError, match=r"q_proj.weight.*mismatch|size mismatch|mismatched"):
+    # Newer versions of transformers say it themselves.
+    said = "mismatch|of other shapes than quantization_config asks for"
+    with pytest.raises((RuntimeError, ValueError), match=said):
         load(another)
     with pytest.raises(CheckpointError, match=r"shape \[\d+, \d+\], but config.json asks for"):
         streamed(another)
@@ -394,3 +396,20 @@ def test_an_adapter_of_peft_is_trained_through_all_quantizers(another: Path) -> 
     gradients = {n: p.grad for n, p in trained.named_parameters() if p.requires_grad}
     assert len(gradients) == 2 * 3 * 2 and all("lora_" in name for name in gradients)
     assert all(bool((g != 0).any()) for n, g in gradients.items() if "lora_B" in n)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_model_computes_and_generates_as_on_a_cpu(
+    example: Example, model: PreTrainedModel
+) -> None:
+    there = load(example.folder).cuda()
+    expected = logits(model)
+    apart = (logits(there, TOKENS.cuda()).cpu() - expected).abs().mean()
+    assert apart < 0.05 * expected.std()  # a value now and then gets another code
+    mask = torch.ones_like(TOKENS).cuda()
+    found = there.generate(
+        TOKENS.cuda(), attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True
+    )
+    cache = found.past_key_values
+    assert isinstance(cache, ResqCache) and cache.codes[0].packed[0].codes.is_cuda
