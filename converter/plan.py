@@ -250,7 +250,7 @@ def make_plan(
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
     on_cpu = machine.device_free is None
     peak = max(stream, train if options.trains != "none" else 0)
-    peak = round(SLACK_CPU * peak) + FIXED_CPU if on_cpu else peak + FIXED
+    peak = peak_on_cpu(peak) if on_cpu else peak + FIXED
     host = max(sizes.host_bytes(item, choices), sizes.train_host_bytes(choices)) + FIXED
     beside = _beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
@@ -291,6 +291,11 @@ def make_plan(
         + _expert_notes(options, choices, sizes.experts)
         + (_untied(streamed) if rotates else ()),
     )
+
+
+def peak_on_cpu(counted: int) -> int:
+    """Bytes of resident memory that a process takes in which so many were counted."""
+    return round(SLACK_CPU * counted) + FIXED_CPU
 
 
 def check_fits(plan: Plan) -> None:
