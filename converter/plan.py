@@ -71,12 +71,12 @@ JOURNAL = 1 << 20  # bytes of the journal, the rows, and small files beside the 
 SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
 # Float32 values per weight while a decoder layer is trained: itself, what is rounded with gradient
 # and two moments, and the rounded one; and of one linear at a time, what its backward pass takes.
-LEARNED_COPIES, LEARNED_BACK = 6, 5
+LEARNED_COPIES, LEARNED_BACK = 6, 7
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
-# Kernels' work space, the tokenizer, code that is read when first used: 100 MB were measured of a
-# conversion of one narrow layer on a CPU. Blocks are rounded up and leave holes: what is counted
-# was up to a twelfth too little there.
-FIXED, FIXED_CPU, SLACK_CPU = 300 << 20, 100 << 20, 1.1
+# Kernels' work space, the tokenizer, code that is read when first used: 40 MB were measured of a
+# conversion of one narrow layer on a CPU. And the modules of each decoder layer.
+FIXED, FIXED_CPU, MODULES = 300 << 20, 39 << 20, 200 << 10
+SYNCED = 0.08  # seconds of each decoder layer in which its files are written, hashed and synced
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def make_plan(
     stream, train = sizes.stream_bytes(item, choices), sizes.train_bytes(item, choices)
     on_cpu = machine.device_free is None
     peak = max(stream, train if options.trains != "none" else 0)
-    peak = peak_on_cpu(peak) if on_cpu else peak + FIXED
+    peak += fixed_on_cpu(len(streamed.layers)) if on_cpu else FIXED
     host = max(sizes.host_bytes(item, choices), sizes.train_host_bytes(choices)) + FIXED
     beside = _beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
@@ -293,9 +293,9 @@ def make_plan(
     )
 
 
-def peak_on_cpu(counted: int) -> int:
-    """Bytes of resident memory that a process takes in which so many were counted."""
-    return round(SLACK_CPU * counted) + FIXED_CPU
+def fixed_on_cpu(layers: int) -> int:
+    """Bytes of host memory that a conversion takes whatever its sizes, above an idle process."""
+    return FIXED_CPU + MODULES * layers
 
 
 def check_fits(plan: Plan) -> None:
@@ -494,8 +494,10 @@ class _Sizes:
             held = self.rest_bytes + self.rest_values * item
             held += 2 * self.packed_experts + 3 * self.largest_linear * item
             ahead = self.rest_bytes
-        if choices.device == "cpu":
-            held += ahead + self.written_behind(item, choices)
+        if (
+            choices.device == "cpu"
+        ):  # shards are mapped, and their pages counted while they are read
+            held += 2 * ahead + self.written_behind(item, choices)
         # Batches of teacher and student, each with the one that is read ahead.
         tokens = choices.batch_rows * self.seqlen
         held += 4 * tokens * self.hidden * item + self.layer_alternatives
@@ -960,6 +962,7 @@ def _time(
     streaming = (
         tokens * (passes * (active * pace.token + besides) + pace.hessian_token) + pace.quantize
     )
+    streaming += sizes.layers * SYNCED
     compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
     searched = sizes.quantized_weights * (sizes.alternatives + compared) + sizes.outer_packed
     moved = SEARCH_BYTES * searched + (ROTATE_BYTES * sizes.parameters if options.rotate else 0)

@@ -13,7 +13,7 @@ from rilq.calib.statistics import CHUNK as ROWS_AT_ONCE
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
-from rilq.converter.plan import FIXED, WORK, Disk, Plan, make_plan, peak_on_cpu
+from rilq.converter.plan import FIXED, WORK, Disk, Plan, fixed_on_cpu, make_plan
 from rilq.converter.resq.base import NEEDS_COVARIANCES, planned_checkpoint, resq_config
 from rilq.converter.resq.rotated import resq_sizes
 from rilq.converter.resq.sizes import PartsSpec, RunTimeBits
@@ -54,9 +54,10 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
     device = plan.device_bytes
     if calibrated:
         first = _first_pass(source, plan)
-        host = max(host, peak_on_cpu(EIGH_COPIES * residual + heads))
+        fixed = fixed_on_cpu(plan.layers)
+        host = max(host, fixed + EIGH_COPIES * residual + heads)
         if device is None:
-            host = max(host, peak_on_cpu(first))
+            host = max(host, fixed + first)
         else:
             device = max(device, first + FIXED)
     specs = [(p.out_features, p.spec) for p in plan.quantized if isinstance(p.spec, PartsSpec)]
