@@ -74,8 +74,8 @@ def measure_machine(device: str, *, limit: str | None = None) -> Machine:
         name = f"CPU, {torch.get_num_threads()} threads"
     left = torch.ones(1024, 1024, device=where, dtype=dtype)
     with large_blocks_returned():  # as in the conversion, where fresh pages have their price
-        flops = 2 * 1024**3 / seconds_of(lambda: left @ left, where, calls=9)
-        bandwidth = 2 * left.nbytes / seconds_of(lambda: left + 1, where, calls=9)
+        flops = 2 * 1024**3 / seconds_of(lambda: left @ left, where, calls=4)
+        bandwidth = 2 * left.nbytes / seconds_of(lambda: left + 1, where, calls=4)
     return Machine(where, dtype, host_free, free, flops, bandwidth, name)
 
 
