@@ -6,7 +6,7 @@ On a CPU, with random checkpoints of LLaMA-2-70B's structure (scale_checkpoint.p
   limit     80 layers are converted under a limit of the interpreter's own, measured in the same
             run, and a quarter of the checkpoint: on private memory (the process is killed where
             more is seen), and on private address space (RLIMIT_DATA)
-  growth    processor time and private memory with layers, rows and hidden size, and the exponents
+  growth    processor time and resident memory with layers, rows and hidden size, and the exponents
             that a straight line through their logarithms has
   plan      what `rilq plan` says of each of these conversions, against what was measured
 
@@ -322,7 +322,7 @@ def exponents(name: str, course: list[Measured]) -> dict[str, float]:
     sizes = [getattr(m.size, name) for m in course]
     return {
         "cpu_seconds": exponent(sizes, [m.cpu_seconds for m in course]),
-        "private_bytes": exponent(sizes, [max(1, m.private_bytes) for m in course]),
+        "resident_bytes": exponent(sizes, [m.resident_bytes for m in course]),
     }
 
 
@@ -337,14 +337,14 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def print_growth(name: str, course: list[Measured]) -> None:
     """One table."""
-    print(f"\n| {name} | checkpoint MB | processor s | private MB |\n|---|---|---|---|")
+    print(f"\n| {name} | checkpoint MB | processor s | memory MB |\n|---|---|---|---|")
     for m in course:
         print(
             f"| {getattr(m.size, name)} | {m.checkpoint_bytes / 1e6:.0f} | {m.cpu_seconds:.1f} | "
-            f"{m.private_bytes / 1e6:.0f} |"
+            f"{m.resident_bytes / 1e6:.0f} |"
         )
     found = exponents(name, course)
-    print(f"| exponent | | {found['cpu_seconds']:.2f} | {found['private_bytes']:.2f} |", flush=True)
+    print(f"| exponent | | {found['cpu_seconds']:.2f} | {found['resident_bytes']:.2f} |", flush=True)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -360,7 +360,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     kinds: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
         ("cpu_seconds", "processor time, s", lambda m: m["cpu_seconds"]),
-        ("private_bytes", "private memory, MB", lambda m: m["private_bytes"] / 1e6),
+        ("resident_bytes", "memory, MB", lambda m: m["resident_bytes"] / 1e6),
     ]
     for row, (kind, label, value) in zip(axes, kinds, strict=True):
         for axis, (name, course) in zip(row, courses.items(), strict=True):
