@@ -344,7 +344,9 @@ def print_growth(name: str, course: list[Measured]) -> None:
             f"{m.resident_bytes / 1e6:.0f} |"
         )
     found = exponents(name, course)
-    print(f"| exponent | | {found['cpu_seconds']:.2f} | {found['resident_bytes']:.2f} |", flush=True)
+    print(
+        f"| exponent | | {found['cpu_seconds']:.2f} | {found['resident_bytes']:.2f} |", flush=True
+    )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -41,6 +41,7 @@ def quality(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 def test_killed_around_a_layer_or_the_first_validation_it_finishes_with_the_same_bytes(
     init: str,

@@ -126,6 +126,7 @@ def test_the_base_as_average_is_the_conversion_without(converted: Run, tmp_path:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_killed_around_layers_and_the_choice_it_finishes_with_the_same_bytes(
     tmp_path: Path, in_child: Run, convert: Run, quick: Run, hashes: Run
 ) -> None:

@@ -78,6 +78,7 @@ def ended(file: Path) -> list[tuple[str, int]]:
     return [(line["job"], line["exit_code"]) for line in lines]
 
 
+@pytest.mark.slow
 def test_failed_job_stops_no_other_and_a_rerun_does_only_what_was_fixed(
     write: Callable[..., Path], calib: Path, tmp_path: Path
 ) -> None:

@@ -273,6 +273,7 @@ def at_first(point: str) -> Callable[[], None]:
     return prepare
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_conversion_has_the_same_bytes(
     tmp_path: Path, run_cli: Run, arguments: Run, hashes: Run
 ) -> None:

@@ -181,6 +181,7 @@ def test_killed_in_a_layer_and_in_training_every_way_finishes_with_the_same_byte
     assert hashes(tmp_path / "killed" / "out") == hashes(tmp_path / "unbroken" / "out")
 
 
+@pytest.mark.slow
 def test_killed_twice_in_a_row_it_finishes_with_the_same_bytes(
     tmp_path: Path, convert: Any, quick: Any, hashes: Any, unbroken: Unbroken
 ) -> None:

@@ -94,6 +94,7 @@ def test_eight_bits_of_a_rotated_model_come_close_to_the_source(
     assert (logits_of(tmp_path / "out") - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_continues_to_the_same_bytes(
     tmp_path: Path, tied: Path, in_child: Any, convert: Any, quick: Any, hashes: Any
 ) -> None:
