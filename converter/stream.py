@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rilq.calib.activations import ActivationStore, ActivationWriter, part_path, prefetch
+from rilq.calib.activations import ActivationStore, prefetch
 from rilq.calib.statistics import HessianSum, SquareSum
 from rilq.converter.adapters import Adapter
 from rilq.converter.alternatives import ROWS, Alternatives, alternative_file, measured_gains
@@ -48,8 +48,9 @@ from rilq.converter.outer import (
 from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
 from rilq.converter.quantizers.lsq import LsqQuantizer
 from rilq.converter.ranks import ALONE, Ranks
+from rilq.converter.states import StateFiles
 from rilq.converter.train import row_order
-from rilq.converter.workdir import Record, WorkDir
+from rilq.converter.workdir import WorkDir
 from rilq.errors import CheckpointError, named
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.native import native_tensors
@@ -139,9 +140,8 @@ class StreamingPass:
     ) -> None:
         self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
         self.work, self.options, self.report = work, options, report
-        self.shape = (*tokens.shape, streamed.config.hidden_size)
-        self.ranks, self.rows = ranks, ranks.share(len(tokens))
-        self.starts = ranks.starts(len(tokens))
+        self.ranks, self.states = ranks, StateFiles(streamed, tokens, ranks)
+        self.rows = self.states.rows
 
     @torch.no_grad()
     @large_blocks_returned()
@@ -181,7 +181,7 @@ class StreamingPass:
     def _layers(self, done: int, reader: LayerReader) -> None:
         """What follows the outer tensors, of which `done` units are finished."""
         count = len(self.streamed.layers)
-        self.streamed.prepare(self.shape[1])
+        self.streamed.prepare(self.tokens.shape[1])
         self.report.stage("layers", count, "layer")
         if done == 0:
             self._recovering(self._embedding)
@@ -233,16 +233,10 @@ class StreamingPass:
                 self.streamed, load_file(self.work.file(QUANTIZED_FILE)), self.options.outer
             )
             states |= self._embedded("student")
-        self.work.commit("layers", "embedding", self._parts(), passing=states)
+        self.work.commit("layers", "embedding", self.states.facts(), passing=states)
 
     def _embedded(self, who: str) -> dict[Path, str]:
-        """Write `who`'s first hidden states with the embedding as it is loaded; file and xxh3."""
-        path, size = self._states(who, 0), self.options.batch_rows
-        with self._writer(path, "the embedding") as writer:
-            for start in range(self.rows.start, self.rows.stop, size):
-                rows = self.tokens[start : min(start + size, self.rows.stop)]
-                writer.append(self.streamed.embed(rows))
-        return {self._own(path): writer.digest}
+        return self.states.embedded(self._states(who, 0), self.options.batch_rows)
 
     @property
     def _student_embeds(self) -> bool:
@@ -251,15 +245,15 @@ class StreamingPass:
 
     def _layer(self, index: int, tensors: Mapping[str, Tensor]) -> float:
         """Stream one decoder layer; the student's relative squared error after it."""
-        before = self._written_as(self.work.stage("layers")[index])
-        teacher = self._store(self._states("teacher", index), before)
+        before = self.work.stage("layers")[index]
+        teacher = self.states.store(self._states("teacher", index), before)
         apart = bool(index) or self._student_embeds
-        student = self._store(self._states("student" if apart else "teacher", index), before)
+        student = self.states.store(self._states("student" if apart else "teacher", index), before)
         next_teacher, next_student = (self._states(w, index + 1) for w in ("teacher", "student"))
         with self.streamed.loaded(index, tensors):
             digest = self._propagate(index, teacher, next_teacher)
             self.ranks.wait()  # quantizing may look at any rows
-            wanted = self._store(next_teacher, self.starts)
+            wanted = self.states.just_written(next_teacher)
             others = Alternatives(self.options.more_bits)
             tokens = ExpertTokens()
             saved, adapters = self._quantize(index, tensors, student, wanted, others, tokens)
@@ -294,10 +288,13 @@ class StreamingPass:
                 **gains,
                 **tokens.facts(),
                 **(found or {}),
-                **self._parts(),
+                **self.states.facts(),
             },
             files={each: file_hash(each) for each in [*paths, *more.values()]},
-            passing={self._own(next_teacher): digest, self._own(next_student): student_digest},
+            passing={
+                self.states.own(next_teacher): digest,
+                self.states.own(next_student): student_digest,
+            },
         )
         return error
 
@@ -419,7 +416,7 @@ class StreamingPass:
         self, index: int, experts: nn.Module, student: ActivationStore
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for _, batch in student.batches(self.options.batch_rows, self.rows):
-            hidden = self._here(batch)
+            hidden = self.states.here(batch)
             inputs, chosen, _ = module_inputs(self.streamed, index, experts, hidden)
             yield inputs, chosen
 
@@ -471,7 +468,9 @@ class StreamingPass:
                     trained,
                     {n: squares[n].value() for n in trained},
                     run=partial(self.streamed.run, index),
-                    batches=([(self._here(x), self._here(y)) for x, y in b] for b in batches),
+                    batches=(
+                        [(self.states.here(x), self.states.here(y)) for x, y in b] for b in batches
+                    ),
                     note=lambda text: self.report.note(f"{layer}: {text}"),
                     ranks=self.ranks,
                 )
@@ -542,7 +541,7 @@ class StreamingPass:
         ]
         try:
             for _, batch in student.batches(self.options.batch_rows, self.rows):
-                self.streamed.run(index, self._here(batch))
+                self.streamed.run(index, self.states.here(batch))
         finally:
             for handle in handles:
                 handle.remove()
@@ -553,7 +552,7 @@ class StreamingPass:
     def _hessian(self, index: int, linear: nn.Linear, student: ActivationStore) -> Tensor:
         total = HessianSum(linear.in_features, self.streamed.device)
         for _, batch in student.batches(self.options.batch_rows, self.rows):
-            hidden = self._here(batch)
+            hidden = self.states.here(batch)
             total.add(linear_input(self.streamed, index, linear, hidden))
         total.merge(self.ranks.added)
         return total.take()
@@ -594,9 +593,9 @@ class StreamingPass:
 
     def _propagate(self, index: int, source: ActivationStore, target: Path) -> str:
         """Run a loaded layer over this process's rows, from file to file; the new file's xxh3."""
-        with self._writer(target, f"decoder layer {index}") as writer:
+        with self.states.writer(target, f"decoder layer {index}") as writer:
             for _, batch in source.batches(self.options.batch_rows, self.rows):
-                writer.append(self.streamed.run(index, self._here(batch)))
+                writer.append(self.streamed.run(index, self.states.here(batch)))
         return writer.digest
 
     def _propagate_compared(
@@ -610,13 +609,13 @@ class StreamingPass:
         """As `_propagate`, by `run`; also `|out - reference|^2 / |reference|^2` over all rows."""
         size = self.options.batch_rows
         errors: list[tuple[Tensor, Tensor]] = []  # asked for at the end: asking waits for a GPU
-        with self._writer(target, f"quantized decoder layer {index}") as writer:
+        with self.states.writer(target, f"quantized decoder layer {index}") as writer:
             pairs = zip(
                 source.batches(size, self.rows), reference.batches(size, self.rows), strict=True
             )
             for (_, batch), (_, wanted) in pairs:
-                out = run(self._here(batch))
-                wanted = self._here(wanted).float()
+                out = run(self.states.here(batch))
+                wanted = self.states.here(wanted).float()
                 errors.append(((out.float() - wanted).square().sum(), wanted.square().sum()))
                 writer.append(out)
         apart, norm = (
@@ -629,57 +628,31 @@ class StreamingPass:
         """The end of the full-precision model, which is never needed again."""
         path = self.work.file("targets.bin")
         count = len(self.streamed.layers)
-        before = self._written_as(self.work.stage("layers")[count])
-        source = self._store(self._states("teacher", count), before)
-        with self._writer(path, "the final norm") as writer:
+        before = self.work.stage("layers")[count]
+        source = self.states.store(self._states("teacher", count), before)
+        with self.states.writer(path, "the final norm") as writer:
             for _, batch in source.batches(self.options.batch_rows, self.rows):
                 if self.options.target != "pre-norm":
-                    batch = self.streamed.final_norm(self._here(batch))
+                    batch = self.streamed.final_norm(self.states.here(batch))
                 writer.append(batch)
-        self.work.commit("layers", "targets", self._parts(), files={self._own(path): writer.digest})
+        self.work.commit(
+            "layers", "targets", self.states.facts(), files={self.states.own(path): writer.digest}
+        )
 
     def targets(self) -> ActivationStore:
         """The teacher's final hidden states, `[rows, seq_len, hidden]` in the compute dtype.
 
         What feeds the head, or what comes before the final norm, as `StreamOptions.target` says.
         """
-        made = self._written_as(self.work.stage("layers")[-1])
-        return self._store(self.work.file("targets.bin"), made)
+        return self.states.store(self.work.file("targets.bin"), self.work.stage("layers")[-1])
 
     def _batches(self, states: ActivationStore) -> Iterator[Tensor]:
         """This process's rows, on the device."""
         for _, batch in states.batches(self.options.batch_rows, self.rows):
-            yield self._here(batch)
-
-    def _here(self, batch: Tensor) -> Tensor:
-        """A batch on the device; from page-locked memory it comes while others are computed."""
-        return batch.to(self.streamed.device, non_blocking=True)
+            yield self.states.here(batch)
 
     def _states(self, who: str, index: int) -> Path:
         return self.work.file(f"{who}-{index:04d}.bin")
-
-    def _store(self, path: Path, starts: tuple[int, ...]) -> ActivationStore:
-        """States of all rows, in files that begin with the rows `starts`."""
-        dtype = self.streamed.dtype
-        return ActivationStore(path, self.shape, dtype, pinned=self._on_gpu, starts=starts)
-
-    def _writer(self, path: Path, label: str) -> ActivationWriter:
-        """For states of this process's rows."""
-        shape = (len(self.rows), *self.shape[1:])
-        dtype, first_row = self.streamed.dtype, self.rows.start
-        return ActivationWriter(self._own(path), shape, dtype, label=label, first_row=first_row)
-
-    def _own(self, path: Path) -> Path:
-        """This process's file of some states."""
-        return part_path(path, self.rows.start, self.ranks.count)
-
-    def _parts(self) -> dict[str, Any]:
-        """How states of a unit lie in files, for the journal: nothing where it is one."""
-        return {"starts": list(self.starts)} if self.ranks.several else {}
-
-    def _written_as(self, unit: Record) -> tuple[int, ...]:
-        """First rows of the files of a unit's states: another number of processes may go on."""
-        return tuple(unit.facts.get("starts", (0,)))
 
     def _source_hashes(self, names: Iterable[str]) -> dict[str, str]:
         return {name: self.checkpoint.hashes[name] for name in names}

@@ -30,7 +30,7 @@ from rilq.formats.packed_embedding import (
 )
 from rilq.formats.packed_linear import PackedModule, RilqLinear, packed_linear
 from rilq.formats.packing import pack, unpack
-from rilq.formats.shard_writer import TensorLayout
+from rilq.formats.shard_writer import TensorLayout, check_layout
 from rilq.formats.spec import (
     BITS,
     GROUP_SIZES,
@@ -210,18 +210,7 @@ def quantized_linear_from(
     words = tensors.get(f"{name}.weight", torch.empty(0, 0))
     out_features, width = words.shape if words.dim() == 2 else (0, 0)
     layout = native_layout(name, out_features, width * 32 // spec.bits, spec)
-    for key, expected in layout.items():
-        found = tensors.get(key)
-        if found is None:
-            raise CheckpointError(
-                f"{key}: missing from the checkpoint\n  download the checkpoint again"
-            )
-        if found.dtype != expected.dtype or tuple(found.shape) != expected.shape:
-            raise CheckpointError(
-                f"{key}: {found.dtype} {list(found.shape)}, but {spec.bits} bits and group size "
-                f"{spec.group_size} need {expected.dtype} {list(expected.shape)}\n"
-                "  config.json and the tensors do not belong together; download both again"
-            )
+    check_layout(tensors, layout, f"{spec.bits} bits and group size {spec.group_size}")
     codes = unpack(words, spec.bits, width * 32 // spec.bits)
     return QuantizedLinear(
         codes, tensors[f"{name}.weight_scale"], tensors[f"{name}.zero_point"], spec

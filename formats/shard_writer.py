@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from rilq.errors import CheckpointError
 from rilq.formats.durable import atomic_file
 from rilq.formats.shard import CODE_OF, parse_header, raw_bytes
 
@@ -29,6 +30,33 @@ class TensorLayout:
     def nbytes(self) -> int:
         """Bytes of the tensor's elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_layout(
+    tensors: Mapping[str, Tensor], layout: Mapping[str, TensorLayout], says: str
+) -> None:
+    """That a checkpoint has the tensors that its configuration asks for.
+
+    Args:
+        tensors: as read.
+        layout: what they should look like.
+        says: what in the configuration asks for that, to be followed by "need".
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another dtype or shape.
+    """
+    for key, expected in layout.items():
+        found = tensors.get(key)
+        if found is None:
+            raise CheckpointError(
+                f"{key}: missing from the checkpoint\n  download the checkpoint again"
+            )
+        if found.dtype != expected.dtype or tuple(found.shape) != expected.shape:
+            raise CheckpointError(
+                f"{key}: {found.dtype} {list(found.shape)}, but {says} need {expected.dtype} "
+                f"{list(expected.shape)}\n"
+                "  config.json and the tensors do not belong together; download both again"
+            )
 
 
 def _described(tensor: Tensor | TensorLayout) -> str:

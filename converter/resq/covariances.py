@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rilq.calib.activations import ActivationStore, ActivationWriter, part_path
 from rilq.calib.statistics import HessianSum
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.layer_reader import LayerReader, reading_ahead
@@ -27,6 +26,7 @@ from rilq.converter.machine import large_blocks_returned, return_free_memory
 from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.resq.basis import Covariances, Sizes
 from rilq.converter.resq.rotated import resq_sizes
+from rilq.converter.states import StateFiles
 from rilq.converter.workdir import WorkDir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.shard_writer import write_tensors
@@ -132,7 +132,7 @@ class CovariancePass:
         self.checkpoint, self.streamed, self.tokens = checkpoint, streamed, tokens
         self.work, self.at_once, self.report = work, at_once, report
         self.layers = len(streamed.layers)
-        self.ranks, self.rows = ranks, ranks.share(len(tokens))
+        self.ranks, self.states = ranks, StateFiles(streamed, tokens, ranks)
 
     @torch.no_grad()
     @large_blocks_returned()
@@ -177,17 +177,13 @@ class CovariancePass:
 
     def _embedding(self, size: int) -> None:
         self.streamed.check_tied()
-        path = self._states(0)
-        with self._writer(path, "the embedding") as writer:
-            for start in range(self.rows.start, self.rows.stop, size):
-                rows = self.tokens[start : min(start + size, self.rows.stop)]
-                writer.append(self.streamed.embed(rows))
+        passing = self.states.embedded(self._states(0), size)
         self.work.commit(
             STAGE,
             "embedding",
-            {"source": self._hashes(self.streamed.outer_names()), **self._starts()},
+            {"source": self._hashes(self.streamed.outer_names()), **self.states.facts()},
             files={self._outer: file_hash(self._outer)},
-            passing={self._own(path): writer.digest},
+            passing=passing,
         )
 
     def _layers(self, first: int, reader: LayerReader) -> None:
@@ -202,18 +198,19 @@ class CovariancePass:
         """Stream one decoder layer; what comes out of the last one is needed by nobody."""
         sizes, device = resq_sizes(self.streamed.config), self.streamed.device
         sums = LayerSums.zero(sizes, device)
+        states = self.states.store(self._states(index), self.work.stage(STAGE)[index])
         passing: dict[Path, str] = {}
         with self.streamed.loaded(index, tensors) as layer, watched(layer, sums):
             outputs = (
-                self.streamed.run(index, batch.to(device, non_blocking=True))
-                for _, batch in self._store(index).batches(size, self.rows)
+                self.streamed.run(index, self.states.here(batch))
+                for _, batch in states.batches(size, self.states.rows)
             )
             if index + 1 < self.layers:
                 target = self._states(index + 1)
-                with self._writer(target, f"decoder layer {index}") as writer:
+                with self.states.writer(target, f"decoder layer {index}") as writer:
                     for out in outputs:
                         writer.append(out)
-                passing[self._own(target)] = writer.digest
+                passing[self.states.own(target)] = writer.digest
             else:
                 for _ in outputs:
                     pass
@@ -223,7 +220,7 @@ class CovariancePass:
         self.work.commit(
             STAGE,
             f"layer {index}",
-            {"source": self._hashes(list(tensors)), **self._starts()},
+            {"source": self._hashes(list(tensors)), **self.states.facts()},
             files={heads: file_hash(heads)},
             passing={**passing, residual: file_hash(residual)},
         )
@@ -273,33 +270,6 @@ class CovariancePass:
 
     def _states(self, index: int) -> Path:
         return self.work.file(f"plain-{index:04d}.bin")
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        rows, seqlen = self.tokens.shape
-        return rows, seqlen, int(self.streamed.config.hidden_size)
-
-    def _store(self, index: int) -> ActivationStore:
-        """States of all rows, in as many files as there were processes when they were written."""
-        made = self.work.stage(STAGE)[index].facts.get("starts", (0,))
-        pinned, dtype = self.streamed.device.type == "cuda", self.streamed.dtype
-        path = self._states(index)
-        return ActivationStore(path, self._shape, dtype, pinned=pinned, starts=tuple(made))
-
-    def _writer(self, path: Path, label: str) -> ActivationWriter:
-        """For states of this process's rows."""
-        shape = (len(self.rows), *self._shape[1:])
-        dtype, first = self.streamed.dtype, self.rows.start
-        return ActivationWriter(self._own(path), shape, dtype, label=label, first_row=first)
-
-    def _own(self, path: Path) -> Path:
-        """This process's file of some states."""
-        return part_path(path, self.rows.start, self.ranks.count)
-
-    def _starts(self) -> dict[str, Any]:
-        """How states of a unit lie in files, for the journal: nothing where it is one."""
-        starts = list(self.ranks.starts(len(self.tokens)))
-        return {"starts": starts} if self.ranks.several else {}
 
     def _hashes(self, names: list[str]) -> dict[str, str]:
         return {name: self.checkpoint.hashes[name] for name in names}

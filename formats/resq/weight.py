@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rilq.errors import CheckpointError
 from rilq.formats.packing import WORD, pack, unpack, whole_width
 from rilq.formats.resq.parts import Parts
-from rilq.formats.shard_writer import TensorLayout
+from rilq.formats.shard_writer import TensorLayout, check_layout
 
 
 @dataclass(frozen=True)
@@ -133,17 +132,8 @@ def resq_weight_from(
         CheckpointError: a tensor is missing, or has another dtype or shape than the parts say.
     """
     out_features = len(tensors.get(f"{name}.weight", ()))
-    for key, expected in resq_layout(name, out_features, parts, heads=heads).items():
-        found = tensors.get(key)
-        if found is None:
-            raise CheckpointError(
-                f"{key}: missing from the checkpoint\n  download the checkpoint again"
-            )
-        if found.dtype != expected.dtype or tuple(found.shape) != expected.shape:
-            raise CheckpointError(
-                f"{key}: {found.dtype} {list(found.shape)}, but parts of {list(parts.bits)} bits "
-                f"and {list(parts.widths)} channels need {expected.dtype} {list(expected.shape)}\n"
-                "  config.json and the tensors do not belong together; download both again"
-            )
+    layout = resq_layout(name, out_features, parts, heads=heads)
+    needs = f"parts of {list(parts.bits)} bits and {list(parts.widths)} channels"
+    check_layout(tensors, layout, needs)
     codes = unpack_weight(tensors[f"{name}.weight"], parts, heads)
     return ResqWeight(codes, tensors[f"{name}.weight_scale"], parts, heads)
