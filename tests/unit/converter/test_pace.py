@@ -39,7 +39,7 @@ def machine() -> Machine:
 def test_70b_is_timed_within_seconds(machine: Machine, streamed: StreamedModel) -> None:
     begun = time.thread_time()
     pace = measure_pace(WORK, GPTQ, machine, streamed.checkpoint)
-    assert time.thread_time() - begun < 15
+    assert time.thread_time() - begun < 4
     # 137 GFLOP for each token: no processor does it in a millisecond, nor needs ten minutes.
     assert 1e-3 < pace.token < 600
     assert pace.student_token > pace.token  # it dequantizes, and for fewer tokens at once
