@@ -128,6 +128,16 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Channels of an attention head.
+
+    What config.json says where it says it, and not `hidden_size` over the heads: Qwen3 and others
+    choose it freely.
+    """
+    given = getattr(config, "head_dim", None)
+    return int(given or config.hidden_size // config.num_attention_heads)
+
+
 def tied_head_differs(label: str, name: str) -> CheckpointError:
     """The error for a stored head `name` that is not the embedding it is said to be tied to."""
     return CheckpointError(

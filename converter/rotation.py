@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rilq.converter.architecture import SUPPORTED, load_config, tied_head_differs
+from rilq.converter.architecture import SUPPORTED, head_size, load_config, tied_head_differs
 from rilq.converter.hadamard import Rotation, random_rotation
 from rilq.errors import CheckpointError, NonFiniteError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
@@ -151,7 +151,7 @@ class TurnedCheckpoint(Checkpoint):
             self.tensors = {**self.tensors, HEAD: embedding}
             self.shard_of = {HEAD: self.shard_of[EMBEDDING], **self.shard_of}
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._head_dim = head_size(config)
         self._value_rows = kv_heads * self._head_dim
         self._kv_heads = range(kv_heads)
         self._owners = [head * kv_heads // heads for head in range(heads)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from rilq.converter.architecture import head_size
 from rilq.converter.layers import StreamedModel
 from rilq.evaluation.figures import SIXTEEN
 from rilq.formats.native import RilqLinear
@@ -55,10 +56,7 @@ def cache_bits(streamed: StreamedModel) -> float:
     quantization = streamed.quantization
     if not isinstance(quantization, ResqConfig):
         return SIXTEEN
-    config = streamed.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return stored_bits(quantization.cache_parts(head_dim))
+    return stored_bits(quantization.cache_parts(head_size(streamed.config)))
 
 
 def _linears(streamed: StreamedModel) -> dict[str, nn.Linear]:

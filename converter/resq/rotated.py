@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from rilq.converter.architecture import head_size
 from rilq.converter.resq.basis import Bases, Sizes
 from rilq.converter.rotation import TurnedCheckpoint
 from rilq.formats.checkpoint import Checkpoint
@@ -68,18 +69,12 @@ class ResqCheckpoint(TurnedCheckpoint):
 
 
 def resq_sizes(config: PretrainedConfig) -> Sizes:
-    """What a model's bases are made for, from its transformers configuration.
-
-    `head_dim` is what config.json says where it says it, and not `hidden_size` over the heads:
-    Qwen3 and others choose it freely.
-    """
-    heads = config.num_attention_heads
-    hidden = config.hidden_size
+    """What a model's bases are made for, from its transformers configuration."""
     return Sizes(
-        hidden,
+        config.hidden_size,
         config.num_hidden_layers,
         config.num_key_value_heads,
-        getattr(config, "head_dim", None) or hidden // heads,
+        head_size(config),
     )
 
 
