@@ -55,7 +55,7 @@ def layers_plot(layers: Sequence[LayerFigure], final: Sequence[float]) -> Figure
     errors = panels[0]
     if layers:
         made = [(layer.index, layer.error) for layer in layers]
-        label = "as quantized, before the training"
+        label = "as quantized, before any training"
         errors.plot(*zip(*made, strict=True), color=BLUE, marker="o", label=label)
     if final:
         errors.plot(range(len(final)), final, color=ORANGE, marker="s", label="of the checkpoint")
