@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rilq.converter.ranks import Ranks
+
 
 @dataclass(frozen=True)
 class LayerToQuantize:
@@ -18,13 +20,13 @@ class LayerToQuantize:
         tensors: as read from the checkpoint, by full name.
         batches: what the quantized layer will be run on, from the first row of this process at
             every call: `[rows, seq_len, hidden]` on the device.
-        added: adds a tensor up over all processes.
+        ranks: this process among those that quantize the same layer.
     """
 
     index: int
     tensors: Mapping[str, Tensor]
     batches: Callable[[], Iterator[Tensor]]
-    added: Callable[[Tensor], Tensor]
+    ranks: Ranks
 
 
 class LayerMethod(ABC):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 from rilq.errors import OptionError, OtherEndedError, one_line
@@ -109,6 +110,31 @@ class Ranks:
         with _lost():
             whole: Tensor = reduce(tensor.to(self.device), reduction="sum")
         return whole.to(tensor.device)
+
+    def by_rows(self, rows: int, make: Callable[[slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` gives for `rows`, of which every process makes its share.
+
+        Args:
+            make: the rows in a slice, as the first dimension of each tensor; in all processes the
+                same dtypes and other dimensions, and each row by itself.
+        """
+        if not self.several or rows < self.count:
+            return make(slice(rows))
+        import torch
+        from accelerate.utils import gather
+
+        starts = (*self.starts(rows), rows)
+        sizes = [stop - start for start, stop in pairwise(starts)]
+
+        def joined(part: Tensor) -> Tensor:
+            alike = part.new_zeros(max(sizes), *part.shape[1:])  # as everybody's must be
+            alike[: len(part)] = part
+            with _lost():
+                whole: Tensor = gather(alike.to(self.device))
+            shares = zip(whole.to(part.device).split(max(sizes)), sizes, strict=True)
+            return torch.cat([share[:size] for share, size in shares])
+
+        return tuple(map(joined, make(slice(*starts[self.index : self.index + 2]))))
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Make each parameter's gradient the sum over all processes; none counts as zero.

@@ -47,6 +47,7 @@ from rilq.converter.outer import (
 )
 from rilq.converter.quantizers import LayerQuantizer, LayerTask, Quantizer
 from rilq.converter.quantizers.lsq import LsqQuantizer
+from rilq.converter.quantizers.shared import SharedQuantizer
 from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.states import StateFiles
 from rilq.converter.train import row_order
@@ -316,7 +317,7 @@ class StreamingPass:
         quantizer = self.options.quantizer
         if isinstance(quantizer, LayerMethod):
             batches = partial(self._batches, student)
-            layer = LayerToQuantize(index, tensors, batches, self.ranks.added)
+            layer = LayerToQuantize(index, tensors, batches, self.ranks)
             return quantizer.quantize(layer), {}
         specs = {n: s for n in self.streamed.linears(index) if (s := self.options.spec_for(n))}
         kept = {n: tensors[n] for n in tensors if n.removesuffix(".weight") not in specs}
@@ -352,8 +353,9 @@ class StreamingPass:
         for group in self._input_groups(index, linears, student, quantizer):
             prepared = None
             hessian, group.hessian = group.hessian, None
-            chosen = quantizer_for(quantizer, group, linears[group.names[0]].in_features)
-            tokens.count(group, used=chosen is quantizer)
+            own = quantizer_for(quantizer, group, linears[group.names[0]].in_features)
+            tokens.count(group, used=own is quantizer)
+            chosen = SharedQuantizer(own, self.ranks)
             if chosen.needs_hessian:
                 assert hessian is not None
                 kept = hessian.clone() if self._starts_from_hessian(group) else None
@@ -477,7 +479,8 @@ class StreamingPass:
             )
         for name, spec in specs.items() if o.more_bits else ():
             weight = tensors[f"{name}.weight"].to(device, torch.float32)
-            others.add(name, weight, spec, LsqQuantizer(), squares[name].value())
+            shared = SharedQuantizer(LsqQuantizer(), self.ranks)
+            others.add(name, weight, spec, shared, squares[name].value())
         for name, linear in result.items():
             saved |= {n: t.cpu() for n, t in native_tensors(name, linear).items()}
         return saved
@@ -503,7 +506,8 @@ class StreamingPass:
             tokens.count(group, used=chosen is not DATA_FREE)
             weight = tensors[f"{name}.weight"].to(self.streamed.device, torch.float32)
             with named(name):
-                yield name, chosen.quantize(weight, specs[name], squares[name].value())
+                shared = SharedQuantizer(chosen, self.ranks)
+                yield name, shared.quantize(weight, specs[name], squares[name].value())
 
     def _save_alternatives(self, index: int, others: Alternatives) -> dict[int, Path]:
         """Write a layer's linears at more bits; the files by bits."""

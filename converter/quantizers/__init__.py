@@ -54,6 +54,8 @@ class Quantizer(Protocol):
     ) -> QuantizedLinear:
         """Quantize one weight matrix, on the device of the weight.
 
+        Each of its rows by itself, so that several processes can share them (shared.py).
+
         Args:
             weight: `[out_features, in_features]`, any float dtype; not changed.
             spec: bits, group size and kind of zero-point.

@@ -83,7 +83,9 @@ class LayerQuantizer:
             RilqError: the loss is not finite.
         """
         learned = {
-            name: LEARNED[self.name](weight, task.specs[name], self.clip, task.squares[name])
+            name: LEARNED[self.name](
+                *started(weight, task.specs[name], self.clip, task.squares[name], task.ranks)
+            )
             for name, weight in task.weights.items()
         }
         start = _results(learned)
@@ -182,17 +184,38 @@ class SignDescent(torch.optim.Optimizer):
                     parameter.clamp_(*group["bounds"])
 
 
-class LearnedWeight(nn.Module):
-    """A weight on its way to codes: trained tensors, and what they stand for.
+def started(
+    weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor, ranks: Ranks = ALONE
+) -> tuple[QuantSpec, Tensor, Tensor, Tensor]:
+    """What `LearnedWeight` begins with; every process finds the grid of its share of the rows.
 
     Args:
         weight: `[out_features, in_features]`.
         spec: bits, group size, kind of zero-point.
         clip: the grid to start from.
         squares: mean squares of the inputs, `[in_features]`.
+        ranks: this process among those that were given the same weight.
+    """
+    groups = as_groups(weight, spec).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+    importance = group_importance(squares, groups)
+
+    def grid(rows: slice) -> tuple[Tensor, Tensor]:
+        return start_grid(groups[rows], spec, clip, importance)
+
+    scale, zero_point = ranks.by_rows(len(groups), grid)
+    return spec, groups, scale, zero_point
+
+
+class LearnedWeight(nn.Module):
+    """A weight on its way to codes: trained tensors, and what they stand for.
+
+    Args:
+        spec: bits, group size, kind of zero-point.
+        weight: `[out_features, groups, group_size]` float32.
+        scale, zero_point: the grid to start from, `[out_features, groups]` float16.
 
     Attributes:
-        weight: `[out_features, groups, group_size]` float32.
+        weight: as given.
         scale, low: of the starting grid, as stored, `[out_features, groups]` float32.
     """
 
@@ -200,12 +223,10 @@ class LearnedWeight(nn.Module):
     scale: Tensor
     low: Tensor
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
+    def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__()
         self.spec = spec
-        groups = as_groups(weight, spec).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
-        scale, zero_point = start_grid(groups, spec, clip, group_importance(squares, groups))
-        self.weight, self.scale = groups, scale.float()
+        self.weight, self.scale = weight, scale.float()
         self.low = -self.scale * zero_point.float()
 
     def forward(self) -> Tensor:
@@ -260,8 +281,8 @@ class LearnedCodes(LearnedWeight):
     # half of `peak * updates`. Found on models of 0.3 and 1.4 million weights: docs/recipes.md.
     WEIGHT_PATH, GRID_PATH = 5.0, 2.0
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
-        super().__init__(weight, spec, clip, squares)
+    def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__(spec, weight, scale, zero_point)
         steps = (self.weight - self.low[..., None]) / self.scale[..., None]
         self.codes = nn.Parameter(steps)
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
@@ -289,8 +310,8 @@ class LearnedRounding(LearnedWeight):
     least-squares grid to start from.
     """
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
-        super().__init__(weight, spec, clip, squares)
+    def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__(spec, weight, scale, zero_point)
         self.rounding = nn.Parameter(torch.zeros_like(self.weight))
         # The two ends, as parts of half the starting range away from its middle.
         self.ends = nn.Parameter(torch.ones(2, *self.scale.shape, device=self.scale.device))
@@ -328,8 +349,8 @@ class LearnedClipping(LearnedWeight):
     START = 4.0  # sigmoid(4) = 0.98: nearly the whole range
     RATE = 1e-2  # at the paper's thousands of updates; more where there are fewer
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, clip: Clip, squares: Tensor) -> None:
-        super().__init__(weight, spec, clip, squares)
+    def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__(spec, weight, scale, zero_point)
         start = torch.full((2, *self.scale.shape), self.START, device=self.scale.device)
         self.ends = nn.Parameter(start)
 

@@ -18,7 +18,7 @@ from rilq.converter.resq.weights import fold, gptq_parts, prepare_hessian, round
 from rilq.errors import named
 from rilq.formats.resq.config import ResqConfig
 from rilq.formats.resq.linear import ResqLinear
-from rilq.formats.resq.weight import resq_tensors
+from rilq.formats.resq.weight import ResqWeight, resq_tensors
 from rilq.progress import Reporter
 
 KEY_ROTATION, TRANSFORMED = "self_attn.key_rotation.weight", "mlp.down_proj"
@@ -113,11 +113,9 @@ class ResqLayers(LayerMethod):
             if factors:
                 weight = fold(weight, factors)
             with named(name):
-                if prepared is None:
-                    quantized = round_parts(weight, module.parts, heads=module.heads)
-                else:
-                    quantized = gptq_parts(weight, module.parts, prepared, heads=module.heads)
-            yield resq_tensors(name, quantized)
+                share = partial(_quantize_rows, weight, module, prepared)
+                codes, scale = layer.ranks.by_rows(len(weight), share)
+            yield resq_tensors(name, ResqWeight(codes, scale, module.parts, module.heads))
 
     def _hessian(self, layer: LayerToQuantize, linear: ResqLinear) -> Tensor:
         """Of a linear's inputs as they are quantized, after the transform of `down_proj`."""
@@ -125,8 +123,19 @@ class ResqLayers(LayerMethod):
         for hidden in layer.batches():
             (inputs,) = module_inputs(self._student, layer.index, linear, hidden)
             total.add(linear.quantized_input(inputs))
-        total.merge(layer.added)
+        total.merge(layer.ranks.added)
         return total.take()
 
     def _warn(self, linears: list[str], text: str) -> None:
         self.report.warn(f"{', '.join(linears)}: {text}")
+
+
+def _quantize_rows(
+    weight: Tensor, module: ResqLinear, prepared: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows; `prepared` is the Hessian's, None to round each weight."""
+    if prepared is None:
+        quantized = round_parts(weight[rows], module.parts, heads=module.heads)
+    else:
+        quantized = gptq_parts(weight[rows], module.parts, prepared, heads=module.heads)
+    return quantized.codes, quantized.scale

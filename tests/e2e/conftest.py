@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -146,7 +147,31 @@ def _at(call: int, act: Callable[[], None]) -> None:
 
 
 @pytest.fixture
-def together(start_child: Any) -> Callable[..., list[Any]]:
+def processes(start_child: Any) -> Callable[..., list[Any]]:
+    """`processes(count, body)`: how so many ended that a launcher seems to start."""
+
+    def run(count: int, body: Callable[[], None]) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def launched(index: int) -> None:
+            os.environ |= {
+                "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            PartialState._reset_state()  # what an earlier test left in the process forked here
+            body()
+
+        children = [start_child(partial(launched, index)) for index in range(count)]
+        return [child.wait() for child in children]
+
+    return run
+
+
+@pytest.fixture
+def together(processes: Any) -> Callable[..., list[Any]]:
     """`together(count, arguments, at=None, act=None, who=None)`: how so many processes ended.
 
     With `at`, the first one kills itself when it is at that point so often; with `act`, process
@@ -160,18 +185,9 @@ def together(start_child: Any) -> Callable[..., list[Any]]:
         act: Callable[[], None] | None = None,
         who: int | None = None,
     ) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-
-        def body(index: int) -> None:
-            os.environ |= {
-                "RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
+        def body() -> None:
+            index = int(os.environ["RANK"])
             sys.argv = ["rilq", *arguments]
-            PartialState._reset_state()  # what an earlier test left in the process forked here
             session.ALIKE = 0.0  # there is no launcher to wait for
             if index == 0 and at is not None:
                 _kill_at(*at)
@@ -179,8 +195,7 @@ def together(start_child: Any) -> Callable[..., list[Any]]:
                 act()
             cli.main()
 
-        children = [start_child(lambda index=index: body(index)) for index in range(count)]
-        return [child.wait() for child in children]
+        return list(processes(count, body))
 
     return run
 

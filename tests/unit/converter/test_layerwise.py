@@ -28,6 +28,7 @@ from rilq.converter.quantizers.layerwise import (
     rate_at,
     rate_of,
     round_through,
+    started,
 )
 from rilq.errors import RilqError
 from rilq.formats.spec import QuantSpec
@@ -47,7 +48,7 @@ def even_hessian(width: int, tokens: int = 400, seed: int = 3) -> Tensor:
 
 def learned(kind: type[LearnedWeight], spec: QuantSpec = SPEC) -> LearnedWeight:
     """With its trained tensors moved off their start."""
-    each = kind(random_weight(6, 64), spec, "lsq", torch.ones(64))
+    each = kind(*started(random_weight(6, 64), spec, "lsq", torch.ones(64)))
     with torch.no_grad():
         for name, parameter in each.named_parameters():
             noise = torch.rand(parameter.shape, generator=draw(len(name))) - 0.5
@@ -126,7 +127,7 @@ def test_before_training_signround_and_blockap_are_nearest_codes_of_the_start() 
     weight, hessian = random_weight(6, 64), correlated_hessian(64)
     start = quantized(build_quantizer("lsq"), weight, SPEC, hessian)
     for kind in (LearnedRounding, LearnedCodes):
-        each = kind(weight, SPEC, "lsq", hessian.diagonal())
+        each = kind(*started(weight, SPEC, "lsq", hessian.diagonal()))
         with torch.no_grad():
             result = each.result()
         assert result.codes.equal(start.codes) and result.scale.equal(start.scale)
@@ -136,14 +137,14 @@ def test_before_training_signround_and_blockap_are_nearest_codes_of_the_start() 
 def test_before_training_lwc_spans_nearly_the_whole_range() -> None:
     weight = random_weight(6, 64)
     with torch.no_grad():
-        result = LearnedClipping(weight, SPEC, "none", torch.ones(64)).result()
+        result = LearnedClipping(*started(weight, SPEC, "none", torch.ones(64))).result()
     whole = build_quantizer("rtn").quantize(weight, SPEC)  # type: ignore[union-attr]
     ratio = result.scale.float() / whole.scale.float()
     assert bool(((ratio > 0.98) & (ratio < 0.985)).all())  # sigmoid(4) = 0.982
 
 
 def test_a_rounding_offset_moves_a_code_by_one_at_most_and_reaches_both_neighbours() -> None:
-    each = LearnedRounding(random_weight(6, 64), SPEC, "lsq", torch.ones(64))
+    each = LearnedRounding(*started(random_weight(6, 64), SPEC, "lsq", torch.ones(64)))
     with torch.no_grad():
         nearest = each.parts()[0].clone()
         each.rounding.uniform_(-0.5, 0.5, generator=draw())
@@ -158,7 +159,7 @@ def test_a_rounding_offset_moves_a_code_by_one_at_most_and_reaches_both_neighbou
 
 
 def test_sign_descent_moves_by_the_rate_and_stays_in_its_bounds() -> None:
-    each = LearnedRounding(random_weight(6, 64), SPEC, "lsq", torch.ones(64))
+    each = LearnedRounding(*started(random_weight(6, 64), SPEC, "lsq", torch.ones(64)))
     optimizer = layerwise.learned_optimizer("signround", each.groups(40))
     for group in optimizer.param_groups:
         group["lr"] = 0.2
@@ -215,7 +216,7 @@ def test_factors_move_the_last_code_as_far_whatever_the_bits(kind: type[LearnedW
     def farthest(bits: int) -> float:
         """How far one update at the peak rate moves the last code, in steps."""
         spec = QuantSpec(bits, 32)
-        each = kind(random_weight(6, 64), spec, "lsq", torch.ones(64))
+        each = kind(*started(random_weight(6, 64), spec, "lsq", torch.ones(64)))
         factor = each.log_scale if isinstance(each, LearnedCodes) else each.ends
         [peak] = [g["peak"] for g in each.groups(100) if any(p is factor for p in g["params"])]
         return float(peak) * spec.max_code

@@ -508,3 +508,22 @@ def test_nearest_codes_of_a_tie_go_to_the_even_code() -> None:
     assert nearest_codes(torch.tensor([[0.5, 1.5, 2.5]]), one, 0 * one, QuantSpec()).tolist() == [
         [0.0, 2.0, 2.0]
     ]
+
+
+@pytest.mark.parametrize(("name", "clip"), [way for way in WAYS if way[0] not in LAYER_QUANTIZERS])
+@pytest.mark.parametrize("zero_point", ["real", "integer"])
+def test_rows_do_not_depend_on_each_other(
+    name: str, clip: Clip | None, zero_point: ZeroPoint
+) -> None:
+    """So processes can share them; products of another height may round differently in gptq."""
+    quantizer, spec = build(name, clip), QuantSpec(2, 32, zero_point)
+    weight, hessian = random_weight(9, 64), correlated_hessian(64)
+    whole = quantized(quantizer, weight, spec, hessian)
+    for rows in (slice(0, 1), slice(1, 6), slice(6, 9)):
+        part = quantized(quantizer, weight[rows], spec, hessian)
+        for found, wanted in (
+            (part.codes, whole.codes),
+            (part.scale, whole.scale),
+            (part.zero_point, whole.zero_point),
+        ):
+            torch.testing.assert_close(found, wanted[rows], rtol=2e-3, atol=0)

@@ -24,6 +24,13 @@ def test_one_alone_changes_nothing() -> None:
     assert ALONE.first and not ALONE.several
 
 
+def test_rows_that_are_too_few_to_share_are_made_by_everybody() -> None:
+    """Without a word to the others: there are none here that could answer."""
+    for ranks in (ALONE, Ranks(2, 3)):
+        (made,) = ranks.by_rows(2, lambda rows: (torch.arange(10)[rows],))
+        assert made.tolist() == [0, 1]
+
+
 class Twins(Ranks):
     """Two processes that have the same."""
 
