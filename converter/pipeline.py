@@ -43,8 +43,7 @@ from rilq.converter.machine import (
     memory_errors_explained,
 )
 from rilq.converter.options import ConvertOptions, Train, flag
-from rilq.converter.pace import measure_pace
-from rilq.converter.plan import Choices, Plan, check_fits, make_plan
+from rilq.converter.plan import Choices, Plan, check_fits, make_plan, measure_pace
 from rilq.converter.quantizers import LayerQuantizer, Quantizer, build_quantizer
 from rilq.converter.ranks import ALONE, Ranks
 from rilq.converter.resq.base import make_base, resq_config

@@ -8,12 +8,12 @@ import pytest
 import torch
 from llama_70b import write_70b
 
-from rilq.converter import pace as pace_module
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine
 from rilq.converter.options import ConvertOptions
-from rilq.converter.pace import Pace, Work, measure_pace
 from rilq.converter.plan import make_plan
+from rilq.converter.plan import pace as pace_module
+from rilq.converter.plan.pace import Pace, Work, measure_pace
 from rilq.formats.spec import QuantSpec
 
 SPEC = QuantSpec(2, 64)

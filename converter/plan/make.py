@@ -42,7 +42,7 @@ from rilq.converter.options import (
     matches,
 )
 from rilq.converter.outer import is_tied, outer_specs
-from rilq.converter.pace import Measure, Pace, Work
+from rilq.converter.plan.pace import Measure, Pace, Work
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
 from rilq.converter.resq.sizes import PartsSpec, RunTimeBits, parts_spec
 from rilq.converter.tiers import COPIES, OffloadSizes, pinned_bytes
