@@ -4,21 +4,13 @@ Memory and disk figures are upper bounds, from shapes alone. The time is an esti
 it is based on.
 """
 
-from rilq.converter.plan.make import (
-    DOWNLOADS,
-    FIXED,
-    GPU_TOKENS,
-    STREAM_TOKENS,
-    WORK,
-    Choices,
-    Disk,
-    LinearPlan,
-    Plan,
-    check_fits,
-    fixed_on_cpu,
-    make_plan,
-)
+from rilq.converter.plan.choose import GPU_TOKENS, STREAM_TOKENS
+from rilq.converter.plan.disks import DOWNLOADS, WORK
+from rilq.converter.plan.linears import LinearPlan
+from rilq.converter.plan.make import make_plan
+from rilq.converter.plan.memory import FIXED, fixed_on_cpu
 from rilq.converter.plan.pace import measure_pace
+from rilq.converter.plan.plan import Choices, Disk, Plan, check_fits
 
 __all__ = [
     "DOWNLOADS",
