@@ -158,9 +158,9 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     dtype = machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     streamed = StreamedModel(checkpoint, dtype=dtype, device=machine.device)
     if options.resq is None:
-        plan = make_plan(streamed, options, machine, measure_pace)
+        plan = make_plan(streamed, options, machine, measure_pace, processes=ranks.count)
     else:
-        plan = resq_plan(streamed, options, machine)
+        plan = resq_plan(streamed, options, machine, processes=ranks.count)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
     return Job(options, checkpoint, streamed, plan, ranks)

@@ -160,6 +160,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def most_rows(rows: int, processes: int) -> int:
+    """Rows of the process that has most, for which the others wait; shared as by `Ranks.share`."""
+    return -(-rows // processes)
+
+
 def launched() -> tuple[int, int]:
     """Number of this process and of all, as a launcher says; `(0, 1)` without one."""
     if "LOCAL_RANK" not in os.environ:

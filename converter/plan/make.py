@@ -40,12 +40,15 @@ def make_plan(
     options: ConvertOptions,
     machine: Machine,
     measure: Measure | None = None,
+    *,
+    processes: int = 1,
 ) -> Plan:
     """Decide how to convert a checkpoint; reads headers, touches nothing.
 
     Args:
         measure: times what the conversion consists of; None for an estimate from `machine` alone.
             Nothing but `seconds` and `time_basis` depends on it.
+        processes: that convert together; likewise.
 
     Raises:
         OptionError: options that this model contradicts; a linear that no group size divides.
@@ -81,7 +84,7 @@ def make_plan(
     rotating = max(t.nbytes for t in checkpoint.tensors.values()) if rotates else 0
     work = work_to_time(quantized, choices, sizes)
     pace = measure and measure(work, options, machine, checkpoint)
-    seconds, basis = estimated_seconds(sizes, options, machine, validation, pace)
+    seconds, basis = estimated_seconds(sizes, options, machine, validation, pace, processes)
     return Plan(
         model=checkpoint.source.label,
         architecture=type(streamed.model).__name__,

@@ -61,6 +61,7 @@ class Pace:
         step_token: through the student's and back, once more forward where activations are not
             kept.
         hessian_token: to add a token to the Hessians of their inputs; 0 for a quantizer without.
+        prepare: for what the quantizer makes of these Hessians before it begins.
         quantize: for the quantizer; 0 for one that is trained, whose steps are counted elsewhere.
         read: bytes per second of the source, hashed; None if it is not here.
     """
@@ -69,6 +70,7 @@ class Pace:
     student_token: float
     step_token: float
     hessian_token: float
+    prepare: float
     quantize: float
     read: float | None
 
@@ -88,12 +90,13 @@ def measure_pace(
         shapes[shape] += count
     token = sum(n * _product(shape, work.tokens, dtype, device) for shape, n in shapes.items())
     steps = {key: _step(*key, work, dtype, device) for key in work.linears}
-    hessians, quantize = _quantizing(work, options, machine)
+    hessians, prepare, quantize = _quantizing(work, options, machine)
     return Pace(
         token=token,
         student_token=sum(n * steps[key][0] for key, n in work.linears.items()),
         step_token=sum(n * steps[key][1] for key, n in work.linears.items()),
         hessian_token=hessians,
+        prepare=prepare,
         quantize=quantize,
         read=_reading(checkpoint),
     )
@@ -148,14 +151,16 @@ def _step(
     return once * share, (both + again) * share
 
 
-def _quantizing(work: Work, options: ConvertOptions, machine: Machine) -> tuple[float, float]:
-    """Seconds for a token's part in all Hessians, and for the quantizer of all linears."""
+def _quantizing(
+    work: Work, options: ConvertOptions, machine: Machine
+) -> tuple[float, float, float]:
+    """Seconds for a token's part in all Hessians, to prepare them, and to quantize all linears."""
     quantizer = build_quantizer(
         options.quantizer, clip=options.clip, layer_steps=options.layer_steps
     )
     if isinstance(quantizer, LayerQuantizer):
-        return 0.0, 0.0
-    per_token = total = 0.0
+        return 0.0, 0.0, 0.0
+    per_token = preparing = total = 0.0
     widths = {width for (_, width), _ in work.linears} if quantizer.needs_hessian else set()
     hessians = {width: _hessian(quantizer, width, machine.device) for width in widths}
     for ((out, width), spec), count in work.linears.items():
@@ -164,11 +169,11 @@ def _quantizing(work: Work, options: ConvertOptions, machine: Machine) -> tuple[
             prepared, added, prepare = hessians[width]
             # Linears that share an input share its Hessian: on average two of a decoder layer's.
             per_token += count / 2 * added
-            total += count / 2 * prepare
+            preparing += count / 2 * prepare
             # What a column's error does to those after it, beyond the columns of the piece.
             total += count * out * width * max(0, width - COLUMNS) / machine.flops
         total += count * _quantize(quantizer, (out, width), spec, prepared, machine.device)
-    return per_token, total
+    return per_token, preparing, total
 
 
 def _hessian(quantizer: Quantizer, width: int, device: torch.device) -> tuple[Tensor, float, float]:

@@ -10,6 +10,7 @@ from rilq.converter.plan.linears import LinearPlan
 from rilq.converter.plan.pace import Pace, Work
 from rilq.converter.plan.plan import Choices
 from rilq.converter.plan.sizes import Sizes
+from rilq.converter.ranks import most_rows
 from rilq.converter.zero_point_cost import KINDS
 from rilq.formats.spec import QuantSpec
 
@@ -48,12 +49,14 @@ def estimated_seconds(
     machine: Machine,
     validation: int,
     pace: Pace | None,
+    processes: int,
 ) -> tuple[float, str]:
     """Seconds of the linears at their pace, and of all else at the machine's rates.
 
     Args:
         validation: rows that are held out of the training.
         pace: as measured; None for an estimate from the machine's rates too.
+        processes: that share the rows, of data and of the weights to quantize.
 
     Returns:
         The seconds, and in words what they rest on.
@@ -66,43 +69,78 @@ def estimated_seconds(
         pace = _estimated(sizes, machine)
         if sizes.hidden < SMALL:
             basis += "; matrices as small as this model's can take three times as long"
-    tokens = sizes.rows * sizes.seqlen
-    # Linears that stay in 16 bits, attention, and what lies between products: norms, rotary
-    # embeddings, activations, residuals.
-    rest = sizes.layers * sizes.layer_values - sizes.quantized_weights
-    active = 1 - sizes.idle_values / sizes.layer_values  # a token does not see all experts
-    flops = 2.0 * rest + 4.0 * sizes.layers * sizes.seqlen * sizes.hidden
-    between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
-    besides = flops / machine.flops + between * machine.dtype.itemsize / machine.bandwidth
-    passes = 2 + HESSIAN_PASSES * sizes.hessians + sizes.gain_passes  # teacher, student
-    streaming = (
-        tokens * (passes * (active * pace.token + besides) + pace.hessian_token) + pace.quantize
-    )
-    streaming += sizes.layers * SYNCED
-    compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
-    searched = sizes.quantized_weights * (sizes.alternatives + compared) + sizes.outer_packed
-    moved = SEARCH_BYTES * searched + (ROTATE_BYTES * sizes.parameters if options.rotate else 0)
-    streaming += moved / machine.bandwidth
-    if sizes.learned_values:
-        streaming += sizes.layers * _learning(sizes, options, machine)
-        learned = options.layer_steps * options.batch_size * sizes.seqlen
-        streaming += learned * 3 * (active * pace.token + besides)  # forward and backward
+    seconds = _streaming(sizes, options, machine, pace, processes)
     if pace.read is not None:
         read = sizes.layers * sizes.layer_bytes / pace.read
         basis += f"; reading at {pace.read / 1e9:.2g} GB/s beside it"
-        streaming = max(streaming, read)
+        seconds = max(seconds, read)
     else:
         basis += "; reading not counted"
-    seconds = streaming
     if options.trains != "none":
-        trained = options.steps * options.batch_size * sizes.seqlen
-        validated = (options.steps // options.val_every + 3) * validation * sizes.seqlen
-        head = 2.0 * sizes.vocabulary * sizes.hidden / machine.flops  # student's, and the teacher's
-        seconds += trained * (active * pace.step_token + 4 * besides + 5 * head)
-        seconds += validated * (active * pace.student_token + besides + 2 * head)
-        updated = UPDATE_BYTES * sizes.trained_values / machine.bandwidth
-        seconds += options.steps * updated
+        seconds += _training(sizes, options, machine, validation, pace, processes)
+    if processes > 1:
+        basis += f"; shared by {processes} processes, what they send each other not counted"
     return seconds, basis
+
+
+def _streaming(
+    sizes: Sizes, options: ConvertOptions, machine: Machine, pace: Pace, processes: int
+) -> float:
+    """Seconds of the pass over all decoder layers, without reading them."""
+    forward = _active(sizes) * pace.token + _besides(sizes, machine)
+    tokens = most_rows(sizes.rows, processes) * sizes.seqlen
+    passes = 2 + HESSIAN_PASSES * sizes.hessians  # teacher, student
+    seconds = tokens * (passes * forward + pace.hessian_token)
+    # All processes measure the gains on the same rows, and prepare the same Hessians.
+    seconds += sizes.rows * sizes.seqlen * sizes.gain_passes * forward
+    seconds += pace.prepare + pace.quantize / processes + sizes.layers * SYNCED
+    compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
+    searched = sizes.quantized_weights * (sizes.alternatives / processes + compared)
+    moved = SEARCH_BYTES * (searched + sizes.outer_packed)
+    if options.rotate:
+        moved += ROTATE_BYTES * sizes.parameters
+    if sizes.learned_values:  # rounded in every update, once their grid is found
+        each = options.layer_steps * ROUND_BYTES + SEARCH_BYTES / processes
+        moved += sizes.layers * sizes.learned_values * each
+        learned = options.layer_steps * most_rows(options.batch_size, processes) * sizes.seqlen
+        seconds += learned * 3 * forward  # and backward
+    return seconds + moved / machine.bandwidth
+
+
+def _training(
+    sizes: Sizes,
+    options: ConvertOptions,
+    machine: Machine,
+    validation: int,
+    pace: Pace,
+    processes: int,
+) -> float:
+    """Seconds of the training on the final hidden states, with its validations."""
+    active, besides = _active(sizes), _besides(sizes, machine)
+    head = 2.0 * sizes.vocabulary * sizes.hidden / machine.flops  # student's, and the teacher's
+    trained = options.steps * most_rows(options.batch_size, processes) * sizes.seqlen
+    seconds = trained * (active * pace.step_token + 4 * besides + 5 * head)
+    validations = options.steps // options.val_every + 3
+    validated = validations * most_rows(validation, processes) * sizes.seqlen
+    seconds += validated * (active * pace.student_token + besides + 2 * head)
+    return seconds + options.steps * UPDATE_BYTES * sizes.trained_values / machine.bandwidth
+
+
+def _active(sizes: Sizes) -> float:
+    """Part of a decoder layer that a token meets: it does not see all experts."""
+    return 1 - sizes.idle_values / sizes.layer_values
+
+
+def _besides(sizes: Sizes, machine: Machine) -> float:
+    """Seconds of a token for all but quantized linears.
+
+    Those are linears that stay in 16 bits, attention, and what lies between products: norms, rotary
+    embeddings, activations, residuals.
+    """
+    rest = sizes.layers * sizes.layer_values - sizes.quantized_weights
+    flops = 2.0 * rest + 4.0 * sizes.layers * sizes.seqlen * sizes.hidden
+    between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
+    return flops / machine.flops + between * machine.dtype.itemsize / machine.bandwidth
 
 
 def _estimated(sizes: Sizes, machine: Machine) -> Pace:
@@ -115,12 +153,7 @@ def _estimated(sizes: Sizes, machine: Machine) -> Pace:
         student_token=token,
         step_token=3 * token,
         hessian_token=1.5 * token * sizes.hessians,
+        prepare=0.0,
         quantize=quantize * sizes.hessians + searched,
         read=None,
     )
-
-
-def _learning(sizes: Sizes, options: ConvertOptions, machine: Machine) -> float:
-    """Seconds to round one decoder layer's weights in every update, and to start them."""
-    moved = (options.layer_steps * ROUND_BYTES + SEARCH_BYTES) * sizes.learned_values
-    return moved / machine.bandwidth

@@ -14,6 +14,7 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import FIXED, WORK, Disk, Plan, fixed_on_cpu, make_plan
+from rilq.converter.ranks import most_rows
 from rilq.converter.resq.base import NEEDS_COVARIANCES, planned_checkpoint, resq_config
 from rilq.converter.resq.rotated import resq_sizes
 from rilq.converter.resq.sizes import PartsSpec, RunTimeBits
@@ -25,11 +26,14 @@ SLOWER = 2  # a product in float64 against one in float32
 HOST_FLOPS = 4e11  # in float32 of the processors beside a GPU, assumed: nothing of them is timed
 
 
-def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) -> Plan:
+def resq_plan(
+    source: StreamedModel, options: ConvertOptions, machine: Machine, *, processes: int = 1
+) -> Plan:
     """Decide how to convert by `options.method`; reads headers, touches nothing.
 
     Args:
         source: the full-precision model.
+        processes: that convert together.
 
     Raises:
         UnsupportedArchitectureError: one that ResQ is not for.
@@ -40,7 +44,7 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
     rotated = StreamedModel(
         planned_checkpoint(source.checkpoint, source), dtype=source.dtype, device=source.device
     )
-    plan = make_plan(rotated, options, machine)
+    plan = make_plan(rotated, options, machine, processes=processes)
     sizes, config = resq_sizes(source.config), source.config
     residual = FLOAT64 * sizes.hidden**2
     heads = FLOAT64 * sizes.layers * (sizes.kv_heads + 1) * sizes.head_dim**2
@@ -70,6 +74,7 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
         for index in range(sizes.layers)
     )
     passes = (1 + calibrated) * plan.read_bytes
+    added = _seconds(source, plan, machine, processes, calibrated=calibrated)
     return replace(
         plan,
         read_bytes=passes,
@@ -81,7 +86,7 @@ def resq_plan(source: StreamedModel, options: ConvertOptions, machine: Machine) 
         ),
         output_bytes=output,
         bits_per_parameter=8 * output / plan.parameters,
-        seconds=plan.seconds + _seconds(source, plan, machine, calibrated=calibrated),
+        seconds=plan.seconds + added,
         notes=(*plan.notes, *_notes(calibrated)),
         run_time_bits=RunTimeBits.of(chosen, config, specs),
     )
@@ -110,9 +115,15 @@ def _with_state(disk: Disk, state: int, output: int) -> Disk:
     return replace(disk, needed=disk.needed + added, parts=parts)
 
 
-def _seconds(source: StreamedModel, plan: Plan, machine: Machine, *, calibrated: bool) -> float:
-    """Of the first pass, of the bases and of the rotation, at the machine's rates."""
-    width, tokens = source.config.hidden_size, plan.rows * plan.choices.seqlen
+def _seconds(
+    source: StreamedModel, plan: Plan, machine: Machine, processes: int, *, calibrated: bool
+) -> float:
+    """Of the first pass, of the bases and of the rotation, at the machine's rates.
+
+    Processes share the rows of the pass; each of them rotates every layer.
+    """
+    width = source.config.hidden_size
+    tokens = most_rows(plan.rows, processes) * plan.choices.seqlen
     turning = SLOWER * 2.0 * plan.parameters * width  # every weight times U_A, by the processors
     flops = 0.0
     if calibrated:

@@ -33,8 +33,8 @@ def test_a_stopped_job_goes_on_in_the_tier_that_was_chosen_for_it(
     make_plan, student = pipeline.make_plan, pipeline.Student
 
     def begin() -> None:
-        def small_machine(*given: Any) -> Plan:
-            plan = make_plan(*given)
+        def small_machine(*given: Any, **more: Any) -> Plan:
+            plan = make_plan(*given, **more)
             assert plan.choices.student == "dense"
             return replace(plan, choices=replace(plan.choices, student="offload", recompute=True))
 

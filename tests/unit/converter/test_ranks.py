@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rilq.converter.ranks import ALONE, Ranks, _buckets, launched
+from rilq.converter.ranks import ALONE, Ranks, _buckets, launched, most_rows
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 320])
@@ -12,6 +12,7 @@ def test_every_row_has_one_process(rows: int, count: int) -> None:
     assert tuple(ranks.share(rows).start for ranks in everybody) == everybody[0].starts(rows)
     sizes = [len(ranks.share(rows)) for ranks in everybody]
     assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) == most_rows(rows, count)
 
 
 def test_one_alone_changes_nothing() -> None:

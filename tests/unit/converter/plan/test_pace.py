@@ -44,7 +44,7 @@ def test_70b_is_timed_within_seconds(machine: Machine, streamed: StreamedModel) 
     assert 1e-3 < pace.token < 600
     assert pace.student_token > pace.token  # it dequantizes, and for fewer tokens at once
     assert pace.step_token > 2 * pace.student_token
-    assert pace.quantize > 0 and pace.hessian_token > 0
+    assert pace.quantize > 0 and pace.prepare > 0 and pace.hessian_token > 0
 
 
 def test_each_linear_takes_its_time(
@@ -61,6 +61,7 @@ def test_each_linear_takes_its_time(
         for n in (1, 20)
     )
     assert many.token == pytest.approx(20 * one.token)
+    assert many.prepare == pytest.approx(20 * one.prepare)
     assert many.quantize == pytest.approx(20 * one.quantize)
 
 
@@ -70,7 +71,7 @@ def test_a_quantizer_that_is_trained_is_not_timed(
     options = ConvertOptions(model="70b", quantizer="blockap")
     work = replace(WORK, linears={((256, 256), SPEC): 1})
     pace = measure_pace(work, options, machine, streamed.checkpoint)
-    assert pace.quantize == pace.hessian_token == 0
+    assert pace.quantize == pace.prepare == pace.hessian_token == 0
 
 
 def test_nothing_but_the_time_of_a_plan_depends_on_the_pace(
@@ -80,7 +81,7 @@ def test_nothing_but_the_time_of_a_plan_depends_on_the_pace(
 
     def slow(work: Work, *_: object) -> Pace:
         asked.append(work)
-        return Pace(1.0, 1.0, 3.0, 1.0, 1.0, None)
+        return Pace(1.0, 1.0, 3.0, 1.0, 1.0, 1.0, None)
 
     machine = replace(machine, host_free=64 * 10**9, dtype=torch.bfloat16)
     options = replace(GPTQ, nsamples=16, student="offload")

@@ -1,7 +1,7 @@
 """What the plan decides from a machine's figures, without that machine."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,24 +11,37 @@ from mixture_examples import MIXTURES
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
+from rilq.converter.pipeline import prepare
 from rilq.converter.plan import GPU_TOKENS, STREAM_TOKENS, Plan, make_plan
+from rilq.converter.plan.pace import Pace
+from rilq.converter.ranks import Ranks
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.source import LocalFolder
+from rilq.progress import SilentReporter
 
 SEQLEN = 64
 GPU = Machine(torch.device("cuda"), torch.bfloat16, 64 << 30, 80 << 30, 1e15, 3e12, "a large GPU")
 CPU = replace(GPU, device=torch.device("cpu"), device_free=None)
+NOTHING = Pace(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, None)  # as if quantized linears took no time
+ENDLESS = 1e40  # operations, or bytes, per second: as if nothing else took any
 
 
 @pytest.fixture
 def plan(tiny_llama: Path, tmp_path: Path) -> Callable[..., Plan]:
-    """`plan(machine, **options)` of tiny_llama, or of another `model`."""
+    """`plan(machine, **options)` of tiny_llama or another `model`, by one process or several."""
 
-    def make(machine: Machine, model: Path = tiny_llama, **options: int | str) -> Plan:
+    def make(
+        machine: Machine,
+        model: Path = tiny_llama,
+        pace: Pace | None = None,
+        processes: int = 1,
+        **options: int | str,
+    ) -> Plan:
         checkpoint = Checkpoint.open(LocalFolder(model))
         streamed = StreamedModel(checkpoint, dtype=torch.bfloat16, device=torch.device("meta"))
         asked = ConvertOptions(str(model), seqlen=SEQLEN, output_dir=tmp_path / "out", **options)
-        return make_plan(streamed, asked, machine)
+        measure = None if pace is None else lambda *_: pace
+        return make_plan(streamed, asked, machine, measure, processes=processes)
 
     return make
 
@@ -73,3 +86,105 @@ def test_experts_one_by_one_take_more_rows_and_less_memory(
     fewer = plan(tight, expert_memory="1kB", **asked)
     assert fewer.choices.batch_rows < apart.choices.batch_rows
     assert fewer.host_bytes <= 0.8 * tight.host_free
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def added(plan: Callable[..., Plan]) -> Callable[..., float]:
+    """`added(processes, bandwidth, **given)`: seconds that a pace, or an option, adds to a plan."""
+
+    def seconds(processes: int, bandwidth: float, **given: float | str | bool) -> float:
+        machine = replace(CPU, flops=ENDLESS, bandwidth=bandwidth)
+        pace = {name: given.pop(name) for name in list(given) if name in asdict(NOTHING)}
+        plain = dict(quantizer="gptq", clip="none", nsamples=16, val_ratio=0.25, batch_size=4)
+        without, whole = (
+            plan(machine, pace=replace(NOTHING, **paced), processes=processes, **options).seconds
+            for paced, options in (({}, plain), (pace, plain | given))
+        )
+        return whole - without
+
+    return seconds
+
+
+@pytest.mark.parametrize(
+    "shared", ["token", "student_token", "step_token", "hessian_token", "quantize"]
+)
+def test_processes_share_what_is_done_row_by_row(shared: str, added: Callable[..., float]) -> None:
+    one, four = (added(n, ENDLESS, **{shared: 1.0}) for n in (1, 4))
+    assert one > 0
+    assert four == pytest.approx(one / 4)
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        dict(prepare=1.0),  # the same Hessians
+        dict(rotate=True),
+        dict(keep_adapter=True, zero_point="integer"),  # both kinds of zero-point are compared
+        dict(head_bits=8),
+        dict(rank=32),  # and not 16: more values to update
+    ],
+    ids=lambda alike: next(iter(alike)),
+)
+def test_processes_do_not_share_what_each_of_them_does(
+    alike: dict[str, float | str | bool], added: Callable[..., float]
+) -> None:
+    one, four = (added(n, 1e9, **alike) for n in (1, 4))
+    assert one > 0
+    assert four == pytest.approx(one)
+
+
+def test_processes_share_the_search_for_alternatives_and_not_their_gains(
+    added: Callable[..., float],
+) -> None:
+    gains = [
+        added(n, ENDLESS, token=1.0, avg_bits=2.5) - added(n, ENDLESS, token=1.0) for n in (1, 4)
+    ]
+    assert gains[0] > 0
+    assert gains[1] == pytest.approx(gains[0])
+    one, four = (added(n, 1e9, avg_bits=2.5) for n in (1, 4))
+    assert four < one / 2
+
+
+def test_each_process_rounds_all_weights_in_every_update(added: Callable[..., float]) -> None:
+    trained = dict(quantizer="blockap", batch_size=1)  # of which one process has the row
+    few, more = ([added(n, 1e9, layer_steps=s, **trained) for n in (1, 4)] for s in (100, 200))
+    assert more[0] > few[0]
+    assert more[1] - few[1] == pytest.approx(more[0] - few[0])
+
+
+def test_processes_share_the_search_for_the_grids_that_training_starts_from(
+    plan: Callable[..., Plan],
+) -> None:
+    machine = replace(CPU, flops=ENDLESS, bandwidth=1e8)
+    least = dict(quantizer="blockap", rank=0, nsamples=2, val_ratio=0.5, layer_steps=1)
+    one, four = (plan(machine, pace=NOTHING, processes=n, **least).seconds for n in (1, 4))
+    assert four < one / 2
+
+
+def test_the_process_with_most_rows_is_waited_for(added: Callable[..., float]) -> None:
+    one, two, four = (added(n, ENDLESS, step_token=1.0, batch_size=2) for n in (1, 2, 4))
+    assert two == four == pytest.approx(one / 2)
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "blockap"])
+def test_nothing_but_the_time_of_a_plan_depends_on_processes(
+    quantizer: str, plan: Callable[..., Plan]
+) -> None:
+    one, three = (plan(GPU, processes=n, quantizer=quantizer, batch_size=6) for n in (1, 3))
+    assert one.seconds / 3 < three.seconds < one.seconds
+    assert "3 processes" in three.time_basis and "processes" not in one.time_basis
+    same = dict(seconds=one.seconds, time_basis=one.time_basis, disks=one.disks)
+    assert replace(three, **same) == one  # but for the disk's free bytes at two moments
+
+
+@pytest.mark.parametrize("method", ["rilq", "resq"])
+def test_processes_of_a_launcher_are_planned_for(
+    method: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    asked = {"model": str(tiny_llama), "device": "cpu", "output_dir": tmp_path / "out"}
+    options = ConvertOptions.of_recipe("default", method=method, seqlen=SEQLEN, **asked)
+    job = prepare(options, SilentReporter(), Ranks(index=1, count=2))
+    assert "shared by 2 processes" in job.plan.time_basis

@@ -24,11 +24,18 @@ CPU = replace(GPU, device=torch.device("cpu"), device_free=None)
 def plan(tiny_llama: Path, tmp_path: Path) -> Callable[..., Plan]:
     """`plan(machine, method, **options)` of tiny_llama, or of another `model`."""
 
-    def make(machine: Machine, method: str, model: Path = tiny_llama, **given: object) -> Plan:
+    def make(
+        machine: Machine,
+        method: str,
+        model: Path = tiny_llama,
+        processes: int = 1,
+        **given: object,
+    ) -> Plan:
         checkpoint = Checkpoint.open(LocalFolder(model))
         streamed = StreamedModel(checkpoint, dtype=torch.bfloat16, device=torch.device("meta"))
         asked = {"model": str(model), "method": method, "seqlen": 64, "output_dir": tmp_path / "o"}
-        return resq_plan(streamed, ConvertOptions.of_recipe("default", **asked, **given), machine)
+        options = ConvertOptions.of_recipe("default", **asked, **given)
+        return resq_plan(streamed, options, machine, processes=processes)
 
     return make
 
@@ -46,6 +53,21 @@ def test_two_passes_need_no_less_than_one(machine: Machine, plan: Callable[..., 
     assert (two.device_bytes or 0) >= (one.device_bytes or 0)
     assert two.disks[0].needed > one.disks[0].needed
     assert sum(size for _, size in two.disks[0].parts) == two.disks[0].needed
+
+
+def test_processes_share_the_rows_of_the_first_pass_and_each_rotates(
+    plan: Callable[..., Plan],
+) -> None:
+    slow = replace(GPU, flops=1e8)
+    first = [
+        plan(slow, "resq", processes=n).seconds - plan(slow, "quarot", processes=n).seconds
+        for n in (1, 2)
+    ]
+    assert first[1] == pytest.approx(first[0] / 2, rel=0.01)  # but for the eigenvectors
+    instant = replace(GPU, flops=1e40, bandwidth=1e40)  # so the processors' rotating is left
+    one, two = (plan(instant, "quarot", processes=n) for n in (1, 2))
+    assert two.seconds == pytest.approx(one.seconds)
+    assert "shared by 2 processes" in two.time_basis
 
 
 def test_a_wide_model_needs_room_for_its_eigenvectors(
