@@ -36,7 +36,8 @@ from rilq.converter.plan import check_fits
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.scopes import Fit, LayerFits
 from rilq.converter.spectrum import SpectrumSum
-from rilq.converter.stream import StreamingPass, StreamOptions
+from rilq.converter.stream import StreamingPass
+from rilq.converter.stream_options import StreamOptions
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions
 from rilq.converter.workdir import WorkDir, open_workdir

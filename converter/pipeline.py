@@ -31,6 +31,7 @@ from rilq.converter.experts import expert_quality
 from rilq.converter.fewer_rows import RowsAtOnce, with_fewer_rows
 from rilq.converter.finish import QuantizedParts, write_output
 from rilq.converter.initial import InitialAdapters, set_values, use_initial
+from rilq.converter.job_source import check_source
 from rilq.converter.layer_method import LayerMethod
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
@@ -51,7 +52,8 @@ from rilq.converter.resq.base import make_base, resq_config
 from rilq.converter.resq.plan import resq_plan
 from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
 from rilq.converter.shared_workdir import SharedWorkDir
-from rilq.converter.stream import StreamingPass, StreamOptions, check_source
+from rilq.converter.stream import StreamingPass
+from rilq.converter.stream_options import StreamOptions
 from rilq.converter.student import Student
 from rilq.converter.train import Progress, Trainer, TrainOptions, validation_losses
 from rilq.converter.workdir import (
