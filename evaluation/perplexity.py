@@ -21,9 +21,9 @@ from torch import Tensor
 from rilq.calib.dataset import FIELD_SEQLEN, evaluation_rows
 from rilq.calib.sources import describe_source, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
+from rilq.converter.job import versions
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
-from rilq.converter.pipeline import versions
 from rilq.converter.workdir import Resume, WorkDir, open_workdir
 from rilq.errors import CheckpointError, OptionError
 from rilq.evaluation.average_bits import activation_bits, bits_per_weight, cache_bits
