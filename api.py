@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any, overload
 
 from rilq.converter import pipeline
+from rilq.converter.job import Job
 from rilq.converter.options import ConvertOptions
-from rilq.converter.pipeline import ConvertResult, Job
+from rilq.converter.pipeline import ConvertResult
 from rilq.converter.plan import Plan
 from rilq.converter.ranks import join
 from rilq.evaluation.evaluate import evaluate_with_passages

@@ -34,13 +34,17 @@ class Reporter(Protocol):
 class SilentReporter:
     """Reports nothing; the default of library functions."""
 
-    def stage(self, name: str, total: int | None = None, unit: str = "") -> None: ...
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """Ignored."""
 
-    def step(self, done: int, **figures: Figure) -> None: ...
+    def step(self, done: int, **figures: Figure) -> None:
+        """Ignored."""
 
-    def note(self, message: str) -> None: ...
+    def note(self, message: str) -> None:
+        """Ignored."""
 
-    def warn(self, message: str) -> None: ...
+    def warn(self, message: str) -> None:
+        """Ignored; what went wrong is raised, and so is not lost."""
 
 
 class LogReporter:
@@ -67,12 +71,14 @@ class LogReporter:
         self._first: int | None = None
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """One line, unless `quiet`; what is left of the stage is estimated from now on."""
         self._name, self._total, self._unit = name, total or 0, unit
         self._begun, self._last, self._first = time.monotonic(), 0.0, None
         if not self.quiet:
             self._line(f"{name}: {total} {unit}s" if total else name)
 
     def step(self, done: int, **figures: Figure) -> None:
+        """A line, unless `quiet`: for the last step, and if the one before is `interval` s old."""
         now = time.monotonic()
         if self._first is None:
             # What a resumed run finds done took no time; the estimate starts after it.
@@ -90,10 +96,12 @@ class LogReporter:
         )
 
     def note(self, message: str) -> None:
+        """One line, unless `quiet`."""
         if not self.quiet:
             self._line(message)
 
     def warn(self, message: str) -> None:
+        """One line that begins with "warning: ", in any case."""
         self._line(f"warning: {message}")
 
     def _line(self, text: str) -> None:
@@ -132,20 +140,24 @@ class RichReporter:
         self._progress.stop()
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """A new bar below those of the stages before it."""
         self._task = self._progress.add_task(
             name, total=total, figures="", usage=usage(self.folder)
         )
 
     def step(self, done: int, **figures: Figure) -> None:
+        """Move the last bar, and measure memory and disk; nothing before the first stage."""
         if self._task is None:
             return
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())
         self._progress.update(self._task, completed=done, figures=shown, usage=usage(self.folder))
 
     def note(self, message: str) -> None:
+        """One line above the bars, as it is written: no markup of rich's is looked for."""
         self._progress.console.print(message, highlight=False, markup=False)
 
     def warn(self, message: str) -> None:
+        """The same in yellow."""
         self._progress.console.print(f"warning: {message}", style="yellow", markup=False)
 
 
@@ -156,18 +168,22 @@ class Reporters:
         self.reporters = reporters
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """To each, in the order given."""
         for reporter in self.reporters:
             reporter.stage(name, total, unit)
 
     def step(self, done: int, **figures: Figure) -> None:
+        """To each, in the order given."""
         for reporter in self.reporters:
             reporter.step(done, **figures)
 
     def note(self, message: str) -> None:
+        """To each, in the order given."""
         for reporter in self.reporters:
             reporter.note(message)
 
     def warn(self, message: str) -> None:
+        """To each, in the order given."""
         for reporter in self.reporters:
             reporter.warn(message)
 

@@ -38,7 +38,8 @@ from rilq.calib.activations import ActivationWriter
 from rilq.converter.layers import StreamedModel
 from rilq.converter.plan import STREAM_TOKENS
 from rilq.converter.quantizers import build_quantizer
-from rilq.converter.stream import StreamingPass, StreamOptions
+from rilq.converter.stream import StreamingPass
+from rilq.converter.stream_options import StreamOptions
 from rilq.converter.workdir import open_workdir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.shard_writer import write_tensors

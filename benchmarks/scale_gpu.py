@@ -30,11 +30,13 @@ from torch import Tensor
 
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.finish import QuantizedParts
+from rilq.converter.job import Job
 from rilq.converter.loss import Loss, discrepancy
 from rilq.converter.options import ConvertOptions, Tier, Train
-from rilq.converter.pipeline import Job, prepare
+from rilq.converter.pipeline import prepare
 from rilq.converter.quantizers import build_quantizer
-from rilq.converter.stream import StreamingPass, StreamOptions
+from rilq.converter.stream import StreamingPass
+from rilq.converter.stream_options import StreamOptions
 from rilq.converter.student import Student
 from rilq.converter.workdir import WorkDir, open_workdir
 from rilq.formats.native import RilqConfig
@@ -229,11 +231,12 @@ class TimedPass(StreamingPass):
     def _propagate_compared(self, *args: Any) -> Any:
         return self.timed("student", lambda: super(TimedPass, self)._propagate_compared(*args))
 
-    def _hessian(self, *args: Any) -> Any:
-        return self.timed("hessians", lambda: super(TimedPass, self)._hessian(*args))
-
-    def _quantize(self, *args: Any) -> Any:
-        return self.timed("quantize", lambda: super(TimedPass, self)._quantize(*args))
+    def _quantizing(self, *args: Any) -> Any:
+        layer: Any = super()._quantizing(*args)
+        hessian, quantize = layer._hessian, layer.quantize
+        layer._hessian = lambda linear: self.timed("hessians", lambda: hessian(linear))
+        layer.quantize = lambda: self.timed("quantize", quantize)
+        return layer
 
 
 def _stream(scale: Scale, job: Job, work: WorkDir, limit: str | None) -> dict[str, Any]:

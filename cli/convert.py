@@ -303,6 +303,11 @@ def convert_options(
     resume: Annotated[str, option(OUT, "auto, never or required.")] = "auto",
     keep_work: Annotated[bool, option(OUT, "Keep the work folder after success.")] = False,
 ) -> "ConvertOptions":
+    """The options of a conversion from its command line; each one's own help is above.
+
+    Raises:
+        OptionError: impossible values, or values that do not go together.
+    """
     from rilq.converter.options import ConvertOptions
 
     return ConvertOptions.of_recipe(
@@ -381,7 +386,7 @@ def _rows_at_once(text: str) -> int | None:
     return int(text)
 
 
-def _takesconvert_options(command: Callable[..., None]) -> Callable[..., None]:
+def _takes_convert_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command `(options, *, quiet, as_json, log_file)` the options of a conversion."""
     own = list(inspect.signature(command).parameters.values())[1:]
     shared = inspect.signature(convert_options)
@@ -404,7 +409,7 @@ def _takesconvert_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-@_takesconvert_options
+@_takes_convert_options
 def convert(
     options: "ConvertOptions",
     push_to: Annotated[
@@ -475,7 +480,7 @@ def convert(
 
 
 @app.command()
-@_takesconvert_options
+@_takes_convert_options
 def plan(
     options: "ConvertOptions",
     quiet: Quiet = False,

@@ -11,6 +11,14 @@ MACHINE, OUT, PUSH = "Machine", "Output", "Push to the Hub"
 
 
 def option(panel: str, text: str, *names: str, **limits: int) -> Any:
+    """An option, as the metadata of an `Annotated` parameter.
+
+    Args:
+        panel: heading that `--help` shows it under.
+        text: its help.
+        names: its flags, where they do not follow from the parameter's name.
+        limits: `min` and `max` of a number; more of what `typer.Option` takes.
+    """
     return typer.Option(*names, help=text, rich_help_panel=panel, **limits)  # type: ignore[arg-type]
 
 

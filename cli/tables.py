@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(plan: "Plan", report: Reporter) -> None:
+    """The rows of `plan_table` as notes, for a conversion that begins; warns of an empty plan."""
     report.note(f"{plan.model}: {plan.architecture}, {plan.layers} layers")
     for name, value in _plan_rows(plan):
         report.note(f"  {name:<18} {value}")
@@ -23,6 +24,7 @@ def show_plan(plan: "Plan", report: Reporter) -> None:
 
 
 def show_push(result: "PushResult", report: Reporter) -> None:
+    """One note: where it is, at which commit, and whether this push put it there."""
     pushed = result.pushed
     state = "was there already" if pushed.unchanged else "pushed"
     report.note(f"{pushed.url}: {state}, commit {pushed.commit}")
@@ -73,6 +75,7 @@ def _outer_bits(plan: "Plan", bits: int) -> str:
 
 
 def plan_table(plan: "Plan") -> Table:
+    """What `rilq plan` prints: two columns, a name and what was decided."""
     table = Table(
         title=f"{plan.model}: {plan.architecture}, {plan.layers} layers, "
         f"{plan.parameters:,} parameters",
@@ -85,6 +88,7 @@ def plan_table(plan: "Plan") -> Table:
 
 
 def analysis_table(found: "Analysis") -> Table:
+    """What `rilq analyze` prints: full precision, plain rounding, every set of adapters."""
     from rilq.converter.analysis import HEADINGS, table_rows
 
     table = Table(title=found.model, title_justify="left", box=SIMPLE_HEAD)

@@ -29,14 +29,17 @@ from rilq.converter.analysis import Analysis, AnalyzeOptions, Measured, Row, as_
 from rilq.converter.analysis_plot import plot
 from rilq.converter.finish import QuantizedParts
 from rilq.converter.initial import set_values
+from rilq.converter.job import Job
+from rilq.converter.job_source import base_name
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import next_token_loss
-from rilq.converter.pipeline import Job, base_name, prepare
+from rilq.converter.pipeline import prepare
 from rilq.converter.plan import check_fits
 from rilq.converter.quantizers import build_quantizer
 from rilq.converter.scopes import Fit, LayerFits
 from rilq.converter.spectrum import SpectrumSum
-from rilq.converter.stream import StreamingPass, StreamOptions
+from rilq.converter.stream import StreamingPass
+from rilq.converter.stream_options import StreamOptions
 from rilq.converter.student import Student
 from rilq.converter.train import Trainer, TrainOptions
 from rilq.converter.workdir import WorkDir, open_workdir

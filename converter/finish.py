@@ -124,6 +124,14 @@ class QuantizedParts:
         return words if shift is None else merged_codes(words, shift)
 
 
+def integer_base(
+    work: WorkDir, layers: int, trained: Mapping[str, Tensor], bits: Mapping[str, int]
+) -> QuantizedParts:
+    """The base with its trained scales, without its adapter; arguments as of `QuantizedParts`."""
+    scales = {name: t for name, t in trained.items() if name.endswith(".log_scale")}
+    return QuantizedParts(work, layers, scales, bits=bits)
+
+
 def write_output(
     parts: QuantizedParts,
     checkpoint: Checkpoint,

@@ -12,6 +12,11 @@ from rilq.formats.packing import WORD, pack, stored_codes
 LARGEST_CHANGE = 8.0  # of a scale's logarithm: beyond it no training is sane, and exp overflows
 
 
+def merges(spec: AdapterSpec | None) -> bool:
+    """Whether what is trained goes into the base; a plain LoRA stays beside it."""
+    return spec is None or spec.kind == "pooled"
+
+
 def trained_grid(
     scale: Tensor,
     zero_point: Tensor,

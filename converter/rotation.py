@@ -92,12 +92,15 @@ class RandomHadamard:
 
     @property
     def chunk(self) -> int:
+        """See `Turns`."""
         return CHUNK
 
     def residual(self, rows: Tensor) -> Tensor:
+        """See `Turns`."""
         return self.hidden.apply(rows)
 
     def values(self, layer: int, owners: Sequence[int], blocks: Tensor) -> Tensor:
+        """See `Turns`: the same matrix for all layers and heads, so neither is looked at."""
         return self.head.apply(blocks)
 
 

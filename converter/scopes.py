@@ -31,7 +31,7 @@ from rilq.converter.low_rank import Factors, closed_form, normal_float, svd_adap
 from rilq.converter.low_rank import pooled_error as group_means
 from rilq.converter.quantizers.rtn import RtnQuantizer
 from rilq.converter.spectrum import SpectrumSum
-from rilq.converter.stream import StreamedLayer
+from rilq.converter.stream_options import StreamedLayer
 from rilq.converter.student import AdaptedLinear
 from rilq.converter.train import TrainOptions, learning_rate_at, row_order
 from rilq.formats.packing import dequantize

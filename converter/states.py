@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class StateFiles:
     def just_written(self, path: Path) -> ActivationStore:
         """States of all rows that the processes of this run have written."""
         return self._store(path, self.starts)
+
+    def batches(self, states: ActivationStore, size: int) -> Iterator[Tensor]:
+        """This process's rows of some states in order, at most `size` at once, on the device."""
+        for _, batch in states.batches(size, self.rows):
+            yield self.here(batch)
 
     def here(self, batch: Tensor) -> Tensor:
         """A batch on the device; from page-locked memory it comes while others are computed."""

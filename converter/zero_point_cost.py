@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import torch
 
 from rilq.converter.quantizers.rtn import RtnQuantizer
-from rilq.converter.stream import StreamedLayer
+from rilq.converter.stream_options import StreamedLayer
 from rilq.formats.packing import dequantize
 from rilq.formats.spec import QuantSpec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from rilq.evaluation.generations import (
 )
 from rilq.evaluation.perplexity import DEFAULT_TEXT, check_dtype, measure_texts
 from rilq.evaluation.speed import measure_speed
-from rilq.evaluation.tasks import load_tasks, run_tasks
+from rilq.evaluation.tasks import LoadedTasks, load_tasks, run_tasks
 from rilq.evaluation.whole import Place
 from rilq.progress import Reporter, SilentReporter
 
@@ -100,36 +100,17 @@ def evaluate_with_passages(
             base.check_room("--prompts")
         positions = checkpoint.config.get("max_position_embeddings")
         check_lengths(prompts, load_tokenizer(checkpoint), max_new_tokens, positions)
-    loaded_tasks = load_tasks(tasks, task_path) if tasks else None
-
-    def complete(figures: Evaluation) -> Evaluation:
-        written: list[list[int]] | None = None
-        generations: tuple[Generation, ...] = ()
-        scores: tuple[TaskFigure, ...] = ()
-        if base is not None and prompts:
-            with _in_memory(base) as (other, tokenizer):
-                written = continuations(prompts, other, tokenizer, max_new_tokens, "base", report)
-                del other  # else its memory would not be free when the next one is loaded
-        if tasks or prompts:
-            with _in_memory(place) as (this, tokenizer):
-                own = continuations(prompts, this, tokenizer, max_new_tokens, "model", report)
-                generations = tuple(
-                    compared(prompt, own[i], None if written is None else written[i], tokenizer)
-                    for i, prompt in enumerate(prompts)
-                )
-                if loaded_tasks is not None:
-                    scores = run_tasks(
-                        loaded_tasks,
-                        this,
-                        tokenizer,
-                        num_fewshot=num_fewshot,
-                        limit=limit,
-                        report=report,
-                    )
-                del this
-        timed = measure_speed(place, report) if speed else None
-        return replace(figures, tasks=scores, generations=generations, speed=timed)
-
+    whole = _Whole(
+        place,
+        base,
+        load_tasks(tasks, task_path) if tasks else None,
+        num_fewshot,
+        limit,
+        prompts,
+        max_new_tokens,
+        speed,
+        report,
+    )
     (found,) = measure_texts(
         [model],
         text,
@@ -142,10 +123,77 @@ def evaluate_with_passages(
         revision=revision,
         against_revision=against_revision,
         text_key=text_key,
-        complete=complete,
+        complete=whole.added_to,
         report=report,
     )
     return found
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is measured of models that are loaded whole, one at a time.
+
+    Attributes:
+        base: continues the prompts too; None without one.
+        tasks: None without any.
+        num_fewshot, limit, prompts, max_new_tokens, speed: as of `evaluate_with_passages`.
+    """
+
+    place: Place
+    base: Place | None
+    tasks: LoadedTasks | None
+    num_fewshot: int | None
+    limit: int | None
+    prompts: Sequence[str]
+    max_new_tokens: int
+    speed: bool
+    report: Reporter
+
+    def added_to(self, figures: Evaluation) -> Evaluation:
+        """Figures of a text, and those of prompts, tasks and speed."""
+        written = self._written_by_base()
+        generations, scores = self._generations_and_scores(written)
+        timed = measure_speed(self.place, self.report) if self.speed else None
+        return replace(figures, tasks=scores, generations=generations, speed=timed)
+
+    def _written_by_base(self) -> list[list[int]] | None:
+        """The tokens that the base puts after each prompt; None if it is not asked."""
+        if self.base is None or not self.prompts:
+            return None
+        with _in_memory(self.base) as (model, tokenizer):
+            written = self._continuations(model, tokenizer, "base")
+            del model  # else its memory would not be free when the next one is loaded
+        return written
+
+    def _generations_and_scores(
+        self, written: list[list[int]] | None
+    ) -> tuple[tuple[Generation, ...], tuple[TaskFigure, ...]]:
+        """What the model writes after each prompt, beside what the base wrote; and its tasks."""
+        scores: tuple[TaskFigure, ...] = ()
+        if not self.prompts and self.tasks is None:
+            return (), scores
+        with _in_memory(self.place) as (model, tokenizer):
+            own = self._continuations(model, tokenizer, "model")
+            generations = tuple(
+                compared(prompt, own[i], None if written is None else written[i], tokenizer)
+                for i, prompt in enumerate(self.prompts)
+            )
+            if self.tasks is not None:
+                scores = run_tasks(
+                    self.tasks,
+                    model,
+                    tokenizer,
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    report=self.report,
+                )
+            del model
+        return generations, scores
+
+    def _continuations(
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str
+    ) -> list[list[int]]:
+        return continuations(self.prompts, model, tokenizer, self.max_new_tokens, name, self.report)
 
 
 def _check_tasks(

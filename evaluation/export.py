@@ -17,9 +17,9 @@ from rilq.calib.dataset import evaluation_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
 from rilq.converter.architecture import load_config
+from rilq.converter.job import Job
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import large_blocks_returned, measure_machine
-from rilq.converter.pipeline import Job
 from rilq.converter.plan import LinearPlan
 from rilq.errors import OptionError, RilqError
 from rilq.evaluation.forward import Subject

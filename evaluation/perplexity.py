@@ -8,11 +8,11 @@ measured, and a run that was stopped goes on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -21,9 +21,9 @@ from torch import Tensor
 from rilq.calib.dataset import FIELD_SEQLEN, evaluation_rows
 from rilq.calib.sources import describe_source, parse_source
 from rilq.calib.tokenizer import check_vocabulary, load_tokenizer
+from rilq.converter.job import versions
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine, measure_machine, memory_errors_explained
-from rilq.converter.pipeline import versions
 from rilq.converter.workdir import Resume, WorkDir, open_workdir
 from rilq.errors import CheckpointError, OptionError
 from rilq.evaluation.average_bits import activation_bits, bits_per_weight, cache_bits
@@ -120,20 +120,8 @@ def measure_texts(
         fingerprint |= identity(number, name, subject)
     with (
         _place(work, subjects) as place,
-        open_workdir(
-            place,
-            fingerprint,
-            {"files": signatures(subjects)},
-            resume=_resume(resume),
-            report=report,
-        ) as folder,
-        _removed_if_fruitless(folder),
+        _opened_work(place, fingerprint, subjects, _resume(resume), report) as folder,
     ):
-        folder.check_files(report)
-        folder.remove_strays(report)
-        if folder.records:
-            report.note(f"continuing after {folder.last_unit} of {place}")
-            check_unchanged(folder, subjects)
         rows = _rows(folder, subjects[0], text, length, text_key, report)
         _check_room(folder, subjects, rows.tokens, len(models) if base is not None else 0)
         tokenizer = load_tokenizer(subjects[0].streamed.checkpoint)
@@ -167,6 +155,28 @@ def _place(work: Path | None, subjects: Sequence[Subject]) -> Iterator[Path]:
         return
     with temporary_folder() as folder:
         yield folder / "work"
+
+
+@contextmanager
+def _opened_work(
+    place: Path,
+    fingerprint: Mapping[str, Any],
+    subjects: Sequence[Subject],
+    resume: Resume,
+    report: Reporter,
+) -> Iterator[WorkDir]:
+    """The work folder, checked, as are the checkpoints that a stopped run has read."""
+    begun = {"files": signatures(subjects)}
+    with (
+        open_workdir(place, fingerprint, begun, resume=resume, report=report) as work,
+        _removed_if_fruitless(work),
+    ):
+        work.check_files(report)
+        work.remove_strays(report)
+        if work.records:
+            report.note(f"continuing after {work.last_unit} of {place}")
+            check_unchanged(work, subjects)
+        yield work
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rilq.calib.sources import describe_source, parse_source
-from rilq.converter.pipeline import Job, source_facts
+from rilq.converter.job import Job
+from rilq.converter.job_source import source_facts
 from rilq.errors import HubError, OptionError
 from rilq.evaluation.card import CardFacts, make_card
 from rilq.evaluation.figures import Evaluation

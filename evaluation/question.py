@@ -45,8 +45,8 @@ class Target:
     """A checkpoint to compare, and what a record says of it.
 
     Attributes:
-        converted: it has a `rilq.json`, by which its content is known.
-        base: name and commit of the model on the Hub that it was made from; None if there is none.
+        name: as the user wrote it, a folder or `owner/name` on the Hub.
+        run: of an evaluation that has not begun.
     """
 
     name: str
@@ -55,16 +55,23 @@ class Target:
 
     @property
     def converted(self) -> bool:
+        """Whether it has a `rilq.json`, by which its content is known."""
         return bool(self.run.recipe)
 
     @property
     def base(self) -> tuple[str, str] | None:
+        """Name and commit of the model on the Hub that it was made from; None if there is none."""
         source = (self.checkpoint.read_json(MANIFEST_NAME) or {}).get("source", {})
         commit = source.get("commit") if self.converted else None
         return (self.run.model, str(commit)) if commit else None
 
 
 def open_target(name: str) -> Target:
+    """Read the headers of a checkpoint, dense or converted.
+
+    Raises:
+        InputError: it is no checkpoint, or cannot be had.
+    """
     run = measured_run(name)
     # int32: the packed codes of a converted checkpoint.
     checkpoint = open_source_checkpoint(open_source(name), dtypes=SOURCE_DTYPES | {torch.int32})

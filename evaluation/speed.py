@@ -119,9 +119,11 @@ class Clock(BaseStreamer):
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
+        """Note the time; `value` holds the prompt's tokens at the first call, then one token."""
         self.times.append(time.perf_counter())
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Nothing: the last token's time is the end."""
 
 
 class OutOfTime(StoppingCriteria):

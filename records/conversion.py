@@ -7,16 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rilq.converter.pipeline import (
-    ConvertResult,
-    Job,
-    base_name,
-    curves,
-    job_fingerprint,
-    job_hash,
-    versions,
-)
+from rilq.converter.job import Job, job_fingerprint, job_hash, versions
+from rilq.converter.job_source import base_name
+from rilq.converter.pipeline import ConvertResult
 from rilq.converter.train import Progress
+from rilq.converter.training_stage import curves
 from rilq.converter.workdir import peek_facts
 from rilq.formats.verify import MANIFEST_NAME, file_hash, read_manifest
 from rilq.records.losses import finite_or_nan, losses_of

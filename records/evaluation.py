@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from rilq.converter.pipeline import base_name, versions
+from rilq.converter.job import versions
+from rilq.converter.job_source import base_name
 from rilq.evaluation.figures import Evaluation, Passages
 from rilq.formats.checkpoint import SOURCE_DTYPES, Checkpoint
 from rilq.formats.fp8 import open_source_checkpoint

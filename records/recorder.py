@@ -70,6 +70,7 @@ class Recorder:
     # -- a Reporter --------------------------------------------------------------------------------
 
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """Close the stage before it; the first one puts the run into the database."""
         with self._lock:
             self._look()
             self._close_stage()
@@ -78,11 +79,14 @@ class Recorder:
         if self._path is not None and not self._written and not self._warned:
             self._write()
 
-    def step(self, done: int, **figures: Figure) -> None: ...
+    def step(self, done: int, **figures: Figure) -> None:
+        """Nothing: a thread looks at memory and disk by the clock, not by steps."""
 
-    def note(self, message: str) -> None: ...
+    def note(self, message: str) -> None:
+        """Nothing: a record holds figures, and the message that a run ended with."""
 
-    def warn(self, message: str) -> None: ...
+    def warn(self, message: str) -> None:
+        """Nothing, as of notes."""
 
     # -- the record --------------------------------------------------------------------------------
 

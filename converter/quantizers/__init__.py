@@ -23,18 +23,17 @@ __all__ = ["QUANTIZERS", "Clip", "LayerQuantizer", "LayerTask", "Quantizer", "bu
 
 
 class Quantizer(Protocol):
-    """One way to choose codes, scales and zero-points of one weight.
-
-    Attributes:
-        name: as the user writes it.
-        needs_hessian: whether `quantize` must be given what `prepare` makes of the Hessian.
-    """
+    """One way to choose codes, scales and zero-points of one weight."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As the user writes it: one of `QUANTIZERS`."""
+        ...
 
     @property
-    def needs_hessian(self) -> bool: ...
+    def needs_hessian(self) -> bool:
+        """Whether `quantize` must be given what `prepare` makes of the Hessian."""
+        ...
 
     def prepare(self, hessian: Tensor, warn: Callable[[str], None]) -> Tensor:
         """What `quantize` needs of the Hessian; once for all linears that share the input.

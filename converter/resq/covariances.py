@@ -202,8 +202,7 @@ class CovariancePass:
         passing: dict[Path, str] = {}
         with self.streamed.loaded(index, tensors) as layer, watched(layer, sums):
             outputs = (
-                self.streamed.run(index, self.states.here(batch))
-                for _, batch in states.batches(size, self.states.rows)
+                self.streamed.run(index, hidden) for hidden in self.states.batches(states, size)
             )
             if index + 1 < self.layers:
                 target = self._states(index + 1)

@@ -27,6 +27,7 @@ class DenseTurns:
 
     @property
     def chunk(self) -> int:
+        """See `Turns`; more than with Hadamard matrices, since every product reads all of U_A."""
         return CHUNK
 
     @cached_property
@@ -35,9 +36,11 @@ class DenseTurns:
         return _is_identity(self.bases.residual)
 
     def residual(self, rows: Tensor) -> Tensor:
+        """See `Turns`: `rows U_A`, or `rows` themselves where U_A is the identity."""
         return rows if self._stays else rows @ self.bases.residual
 
     def values(self, layer: int, owners: Sequence[int], blocks: Tensor) -> Tensor:
+        """See `Turns`: each head's block times the U_B of its layer and KV head."""
         return blocks @ self.bases.values[layer, list(owners)]
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from rilq.converter import pipeline, workdir
+from rilq.converter import pipeline, training_stage, workdir
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import Plan
 from rilq.formats.native import native_tensors
@@ -30,7 +30,7 @@ def test_a_stopped_job_goes_on_in_the_tier_that_was_chosen_for_it(
     tmp_path: Path, in_child: Any, quick: Any
 ) -> None:
     options = quick(tmp_path)
-    make_plan, student = pipeline.make_plan, pipeline.Student
+    make_plan, student = pipeline.make_plan, training_stage.Student
 
     def begin() -> None:
         def small_machine(*given: Any, **more: Any) -> Plan:
@@ -50,7 +50,7 @@ def test_a_stopped_job_goes_on_in_the_tier_that_was_chosen_for_it(
             print("tier", tier)
             return student(*given, tier=tier, **more)  # type: ignore[arg-type]
 
-        pipeline.Student = watched  # type: ignore[assignment,misc]
+        training_stage.Student = watched  # type: ignore[assignment,misc]
         convert(options)
 
     assert in_child(begin).code == -signal.SIGKILL

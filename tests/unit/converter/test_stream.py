@@ -14,7 +14,8 @@ from rilq.converter import workdir
 from rilq.converter.layers import StreamedModel
 from rilq.converter.quantizers import Quantizer, build_quantizer
 from rilq.converter.quantizers.gptq import GptqQuantizer
-from rilq.converter.stream import StreamingPass, StreamOptions
+from rilq.converter.stream import StreamingPass
+from rilq.converter.stream_options import StreamOptions
 from rilq.converter.workdir import open_workdir
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.source import LocalFolder
