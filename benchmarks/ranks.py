@@ -5,7 +5,7 @@ Each round measures, one after the other,
 
   one loop        a loop of matrix products in one process
   two loops       the same loop in two processes at once: 2 x one / two is what the machine allows
-  one process     a conversion of a random Llama (hidden 512, 6 layers) in one process
+  one process     a conversion of a random Llama (hidden 1024, 3 layers) in one process
   two processes   the same conversion in two: one / two is what sharing the rows gains
 
 The time of a conversion counts from where its processes have met to the published output; starting
@@ -37,8 +37,8 @@ from rilq.converter.ranks import join, launched
 from rilq.progress import SilentReporter
 
 SEED = 0
-HIDDEN, INTERMEDIATE, LAYERS = 512, 1408, 6
-ROWS, SEQLEN, STEPS, BATCH = 48, 256, 8, 8
+HIDDEN, INTERMEDIATE, LAYERS = 1024, 2816, 3
+ROWS, SEQLEN, STEPS, BATCH = 32, 256, 5, 8
 PRODUCTS, SIZE = 500, 1024  # of the loop
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 

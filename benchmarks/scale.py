@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import transformers
-from scale_checkpoint import LAYERS, SEED, llama_config, write_checkpoint
+from scale_checkpoint import LAYERS, SEED, llama_config, write_checkpoint, write_mixture
 from scale_run import Watched, convert, watch
 
 import rilq
@@ -57,11 +57,12 @@ LIMITED = (
 
 @dataclass(frozen=True)
 class Size:
-    """A checkpoint and the calibration rows that run through it."""
+    """A checkpoint and the calibration rows that run through it; 0 experts for a plain Llama."""
 
     hidden: int
     layers: int
     rows: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ QUICK = (
     Course("hidden", Size(0, 3, 8), (256, 512)),
 )
 PLANNED = Size(512, 4, 32)
+MIXTURE = Size(512, 2, 32, experts=8)
 PARTS = ("limit", "layers", "rows", "hidden", "plan")
 
 
@@ -208,6 +210,13 @@ def planned(bench: "Bench", quick: bool) -> Iterator[Measured]:
         yield bench.measured("rtn", PLANNED, ("--quantizer", "rtn", "--train", "none"))
         yield bench.measured("default", PLANNED, DEFAULT)
         yield bench.measured("default, rotated", PLANNED, (*DEFAULT, "--rotate"))
+        yield bench.measured("default, 2.5 bits", PLANNED, (*DEFAULT, "--avg-bits", "2.5"))
+        for quantizer in ("signround", "lwc"):
+            options = (*DEFAULT, "--quantizer", quantizer)
+            yield bench.measured(quantizer, PLANNED, options)
+        yield bench.measured("mixture, gptq", MIXTURE, STREAM)
+        yield bench.measured("mixture, default", MIXTURE, DEFAULT)
+        yield bench.measured("resq", PLANNED, ("--method", "resq"))
 
 
 class Bench:
@@ -303,10 +312,15 @@ class Bench:
 
     def _checkpoint(self, size: Size) -> Path:
         """A checkpoint of that size, written once."""
-        path = self.folder / f"h{size.hidden}-l{size.layers}-r{size.rows}"
-        if not path.exists():
-            config = llama_config(size.hidden, size.layers, positions=SEQLEN)
-            write_checkpoint(path, config, 2 * size.rows * SEQLEN)
+        path = self.folder / "-".join(map(str, asdict(size).values()))
+        tokens = 2 * size.rows * SEQLEN
+        if path.exists():
+            return path
+        if size.experts:
+            sizes = (size.hidden, size.layers, size.experts)
+            write_mixture(path, *sizes, tokens, positions=SEQLEN)
+        else:
+            write_checkpoint(path, llama_config(size.hidden, size.layers, positions=SEQLEN), tokens)
         return path
 
 

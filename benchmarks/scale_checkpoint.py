@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from streaming import write_text, write_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from rilq.formats.shard_writer import TensorLayout, write_shard
 
@@ -85,6 +85,40 @@ def write_checkpoint(
     write_tokenizer(path)
     write_text(path / "text.txt", tokens)
     return size
+
+
+def write_mixture(
+    path: Path, hidden: int, layers: int, experts: int, tokens: int, *, positions: int
+) -> int:
+    """Write a random bfloat16 mixture of experts, two of which a token meets; else the same.
+
+    Args:
+        path: a new folder.
+        tokens, positions: as of `write_checkpoint` and `llama_config`.
+
+    Returns:
+        Bytes of its shards.
+    """
+    like = llama_config(hidden, layers, positions=positions)
+    torch.manual_seed(SEED)
+    config = Qwen3MoeConfig(
+        hidden_size=hidden,
+        intermediate_size=like.intermediate_size,
+        moe_intermediate_size=hidden // 2,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        vocab_size=like.vocab_size,
+        num_hidden_layers=layers,
+        num_attention_heads=like.num_attention_heads,
+        num_key_value_heads=like.num_key_value_heads,
+        head_dim=hidden // like.num_attention_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    write_tokenizer(path)
+    write_text(path / "text.txt", tokens)
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def _with_layers(config: LlamaConfig, layers: int) -> LlamaConfig:
