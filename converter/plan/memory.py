@@ -18,6 +18,9 @@ FIXED, FIXED_CPU, MODULES = 300 << 20, 39 << 20, 200 << 10
 # Float32 values per weight while a decoder layer is trained: itself, what is rounded with gradient
 # and two moments, and the rounded one; and of one linear at a time, what its backward pass takes.
 LEARNED_COPIES, LEARNED_BACK = 6, 7
+# And activations, with their gradients. Those of experts have other sizes in every batch, and leave
+# holes in the heap: this much was measured of two small mixtures.
+LEARNED_ACTIVATIONS, EXPERT_ACTIVATIONS = 3.0, 7.5
 
 
 def fixed_on_cpu(layers: int) -> int:
@@ -67,7 +70,8 @@ def stream_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
     if sizes.learned_values:
         learned = sizes.learned_values if choices.trains_experts else sizes.rest_values
         training = LEARNED_COPIES * 4 * learned + LEARNED_BACK * 4 * sizes.largest_linear
-        training += 3 * sizes.activations(choices.micro_batch, item)
+        sets = EXPERT_ACTIVATIONS if sizes.experts else LEARNED_ACTIVATIONS
+        training += int(sets * sizes.activations(choices.micro_batch, item))
         quantizer = max(quantizer + 4 * learned, training)
     moments = [running, quantizer]
     if sizes.hessians:

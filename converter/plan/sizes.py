@@ -22,7 +22,7 @@ from rilq.converter.plan.linears import (
 )
 from rilq.converter.tiers import OffloadSizes, pinned_bytes
 from rilq.formats.shard import TensorInfo
-from rilq.formats.spec import QuantSpec
+from rilq.formats.spec import EXPERTS, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,14 @@ class Sizes:
         found = [streamed.experts(index) for index in range(len(layers))]
         experts = max(each[1].count if each else 0 for each in found)
         chosen = config.num_experts_per_tok if experts else 0
+        # What all tokens run through, which a mixture may name and have no use for.
+        plain = (
+            module.out_features
+            for index in range(len(layers))
+            for name, module in streamed.linears(index).items()
+            if EXPERTS not in name
+        )
+        dense = min(config.intermediate_size, max(plain, default=0))
         # What a token takes in all experts that it meets, one after the other.
         width = getattr(config, "moe_intermediate_size", config.intermediate_size)
         met = chosen * (width + config.hidden_size)
@@ -123,8 +131,8 @@ class Sizes:
             largest_linear=max((p.out_features * p.in_features for p in quantized), default=0),
             widest_input=max((p.in_features for p in quantized), default=0),
             hidden=streamed.config.hidden_size,
-            intermediate=max(config.intermediate_size, met),
-            widest_inner=max(config.intermediate_size, width),
+            intermediate=max(dense, met),
+            widest_inner=max(dense, width if experts else 0),
             vocabulary=streamed.config.vocab_size,
             quantized_weights=weight_count(quantized),
             quantized_bits=bits,
