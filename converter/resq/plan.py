@@ -16,12 +16,13 @@ from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import FIXED, WORK, Disk, Plan, fixed_on_cpu, make_plan
 from rilq.converter.ranks import most_rows
 from rilq.converter.resq.base import NEEDS_COVARIANCES, planned_checkpoint, resq_config
+from rilq.converter.resq.rotated import CHUNK as TURNED_AT_ONCE
 from rilq.converter.resq.rotated import resq_sizes
 from rilq.converter.resq.sizes import PartsSpec, RunTimeBits
 
 FLOAT64 = 8  # bytes
 EIGH_COPIES = 8  # of the covariance: damped, eigenvectors, LAPACK's work space, the mixing
-TURNING = 60 << 20  # rows that are being rotated
+TURNING = 30  # bytes for each value of the rows that are being rotated
 SLOWER = 2  # a product in float64 against one in float32
 HOST_FLOPS = 4e11  # in float32 of the processors beside a GPU, assumed: nothing of them is timed
 
@@ -54,7 +55,8 @@ def resq_plan(
     online = sizes.layers * sum(order**2 for order in factors)
     online += sizes.layers * sizes.head_dim**2 * ("C" in chosen.rotations)
     output = plan.output_bytes + 4 * online
-    host = plan.host_bytes + residual + heads + TURNING
+    largest = max(prod(tensor.shape) for tensor in source.checkpoint.tensors.values())
+    host = plan.host_bytes + residual + heads + TURNING * min(TURNED_AT_ONCE, largest)
     device = plan.device_bytes
     if calibrated:
         first = _first_pass(source, plan)
