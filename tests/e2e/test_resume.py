@@ -280,6 +280,7 @@ def test_a_signal_stops_with_one_line_and_exit_code_75_and_the_same_command_cont
     number = unbroken.nth("train:written", 2)
 
     def signal_in_training() -> None:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)  # nohup has tests ignore SIGHUP
         points = iter(range(1, 1000))
 
         def reached(point: str) -> None:
