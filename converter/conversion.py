@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rilq.calib.dataset import calibration_rows
 from rilq.calib.sources import parse_source
 from rilq.calib.tokenizer import check_vocabulary
-from rilq.converter.adapters import AdapterSpec, plain_adapters
+from rilq.converter.adapters import plain_adapters
 from rilq.converter.bit_choice import average_bits, choose_bits
 from rilq.converter.experts import expert_quality
 from rilq.converter.fewer_rows import RowsAtOnce
@@ -26,7 +26,7 @@ from rilq.converter.job import Job, job_hash, versions
 from rilq.converter.job_source import record_source, source_facts
 from rilq.converter.layer_method import LayerMethod
 from rilq.converter.merge import merges
-from rilq.converter.plan import Choices
+from rilq.converter.plan import Choices, adapter_spec
 from rilq.converter.quantizers import LayerQuantizer, Quantizer, build_quantizer
 from rilq.converter.resq.base import make_base, resq_config
 from rilq.converter.stream import StreamingPass
@@ -62,17 +62,7 @@ class Conversion:
         self.choices = Choices(**saved)
         job.streamed.experts_apart = self.choices.experts_apart
         self.layers = len(job.streamed.layers)
-        self.adapter_spec = (
-            AdapterSpec(
-                self.options.adapter,
-                self.options.rank,
-                self.options.alpha,
-                self.options.seed,
-                self.options.adapter_targets,
-            )
-            if self.options.trains_adapters
-            else None
-        )
+        self.adapter_spec = adapter_spec(self.options) if self.options.trains_adapters else None
 
     def run(
         self, tokenizer: PreTrainedTokenizerBase, fingerprint: dict[str, Any]

@@ -6,7 +6,7 @@ it is based on.
 
 from rilq.converter.plan.choose import GPU_TOKENS, STREAM_TOKENS
 from rilq.converter.plan.disks import DOWNLOADS, WORK
-from rilq.converter.plan.linears import LinearPlan
+from rilq.converter.plan.linears import LinearPlan, adapter_spec
 from rilq.converter.plan.make import make_plan
 from rilq.converter.plan.memory import FIXED, fixed_on_cpu
 from rilq.converter.plan.pace import measure_pace
@@ -22,6 +22,7 @@ __all__ = [
     "Disk",
     "LinearPlan",
     "Plan",
+    "adapter_spec",
     "check_fits",
     "fixed_on_cpu",
     "make_plan",

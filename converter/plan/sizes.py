@@ -22,7 +22,7 @@ from rilq.converter.plan.linears import (
 )
 from rilq.converter.tiers import OffloadSizes, pinned_bytes
 from rilq.formats.shard import TensorInfo
-from rilq.formats.spec import EXPERTS, QuantSpec
+from rilq.formats.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,8 @@ class Sizes:
         experts = max(each[1].count if each else 0 for each in found)
         chosen = config.num_experts_per_tok if experts else 0
         # What all tokens run through, which a mixture may name and have no use for.
-        plain = (
-            module.out_features
-            for index in range(len(layers))
-            for name, module in streamed.linears(index).items()
-            if EXPERTS not in name
-        )
-        dense = min(config.intermediate_size, max(plain, default=0))
+        widest = max(width for names in rest for n in names for width in tensors[n].shape)
+        dense = min(config.intermediate_size, widest)
         # What a token takes in all experts that it meets, one after the other.
         width = getattr(config, "moe_intermediate_size", config.intermediate_size)
         met = chosen * (width + config.hidden_size)

@@ -88,6 +88,19 @@ def test_experts_one_by_one_take_more_rows_and_less_memory(
     assert fewer.host_bytes <= 0.8 * tight.host_free
 
 
+def test_a_dense_mlp_that_a_mixture_names_but_has_not_is_not_counted(
+    plan: Callable[..., Plan], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Qwen3-MoE's config.json has an `intermediate_size` where all layers have experts."""
+    planned = []
+    for width in (256, 4096):
+        sizes = {**MIXTURES["qwen3_moe"], "intermediate_size": width}
+        source = make_model(tmp_path / str(width), "qwen3_moe", **sizes)
+        planned.append(plan(CPU, source, quantizer="rtn", rank=0, group_size=32))
+    assert planned[0].parameters == planned[1].parameters
+    assert planned[0].host_bytes == planned[1].host_bytes
+
+
 # -- several processes -----------------------------------------------------------------------------
 
 
