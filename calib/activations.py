@@ -26,7 +26,7 @@ from rilq.formats.durable import atomic_file
 
 T = TypeVar("T")
 
-WRITE_BEHIND = 8 << 20  # bytes of batches that may wait to be written, if not a single one
+WRITE_BEHIND = 4 << 20  # bytes of batches that may wait to be written, if not a single one
 _CHUNK = 8 << 20  # bytes per read while a whole file is hashed
 # Bytes after which what was written is forced to the disk: it gets there while the next batches are
 # computed, and the sync at the end, which everything waits for, has little left to do.

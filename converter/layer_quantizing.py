@@ -134,37 +134,52 @@ class LayerQuantizing:
         before it produce; experts after all others.
         """
         linears = {n: m for n, m in self.streamed.linears(self.index).items() if n in specs}
-        initial = self.options.initial
         adapters: dict[str, Adapter] = {}
         saved: dict[str, Tensor] = {}
         for group in self._input_groups(linears, quantizer):
-            prepared = None
-            hessian, group.hessian = group.hessian, None
-            own = quantizer_for(quantizer, group, linears[group.names[0]].in_features)
-            self.tokens.count(group, used=own is quantizer)
-            chosen = SharedQuantizer(own, self.ranks)
-            if chosen.needs_hessian:
-                assert hessian is not None
-                kept = hessian.clone() if self._starts_from_hessian(group) else None
-                with named(group.names[0]):
-                    prepared = chosen.prepare(hessian, partial(self._warn, group.names))
-                hessian = kept  # of a wide linear it is the largest thing in memory
-            for name in group.names:
-                weight = self._weight(name)
-                with named(name):
-                    if initial is None or not initial.spec.adapts(name):
-                        quantized = chosen.quantize(weight, specs[name], prepared)
-                    else:
-                        quantized, adapters[name] = initial.quantize(
-                            name, weight, chosen, specs[name], prepared, hessian
-                        )
-                    self.others.add(name, weight, specs[name], chosen, prepared)
-                native = native_tensors(name, quantized)
-                started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
-                self._assign(linears[name], native | started, name, specs[name])
-                saved |= {n: t.cpu() for n, t in native.items()}
+            self._quantize_group(group, quantizer, linears, specs, saved, adapters)
             return_free_memory()
         return saved, adapters
+
+    def _quantize_group(
+        self,
+        group: InputGroup,
+        quantizer: Quantizer,
+        linears: Mapping[str, nn.Linear],
+        specs: Mapping[str, QuantSpec],
+        saved: dict[str, Tensor],
+        adapters: dict[str, Adapter],
+    ) -> None:
+        """Quantize linears that share an input; only what is added to the last two stays behind.
+
+        Float weights and codes of a wide linear are not to be in memory any more when the Hessian
+        of the next one is factored.
+        """
+        initial, prepared = self.options.initial, None
+        hessian, group.hessian = group.hessian, None
+        own = quantizer_for(quantizer, group, linears[group.names[0]].in_features)
+        self.tokens.count(group, used=own is quantizer)
+        chosen = SharedQuantizer(own, self.ranks)
+        if chosen.needs_hessian:
+            assert hessian is not None
+            kept = hessian.clone() if self._starts_from_hessian(group) else None
+            with named(group.names[0]):
+                prepared = chosen.prepare(hessian, partial(self._warn, group.names))
+            hessian = kept  # of a wide linear it is the largest thing in memory
+        for name in group.names:
+            weight = self._weight(name)
+            with named(name):
+                if initial is None or not initial.spec.adapts(name):
+                    quantized = chosen.quantize(weight, specs[name], prepared)
+                else:
+                    quantized, adapters[name] = initial.quantize(
+                        name, weight, chosen, specs[name], prepared, hessian
+                    )
+                self.others.add(name, weight, specs[name], chosen, prepared)
+            native = native_tensors(name, quantized)
+            started = adapter_tensors({n: a for n, a in adapters.items() if n == name})
+            self._assign(linears[name], native | started, name, specs[name])
+            saved |= {n: t.cpu() for n, t in native.items()}
 
     def _starts_from_hessian(self, group: InputGroup) -> bool:
         """Whether an adapter of some linear of a group does."""
@@ -239,7 +254,6 @@ class LayerQuantizing:
         trained = {n: s for n, s in specs.items() if f"{n}.weight" not in saved}
         if not trained:
             return saved
-        weights = {n: self._weight(n) for n in trained}
         layer = f"{self.streamed.prefix}.{self.index}"
         with (
             named(layer),
@@ -247,7 +261,7 @@ class LayerQuantizing:
         ):
             result = quantizer.quantize_layer(
                 LayerTask(
-                    weights,
+                    self._weight,
                     trained,
                     {n: squares[n].value() for n in trained},
                     run=partial(self.streamed.run, self.index),

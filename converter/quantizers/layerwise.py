@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,9 @@ class LayerTask:
     """A decoder layer to quantize, as far as a quantizer has to know it.
 
     Attributes:
-        weights: full precision, `[out_features, in_features]`, by the linear's name.
-        specs: how each is quantized, by the same names.
+        weight: of a linear by its name, `[out_features, in_features]` float32, full precision;
+            asked for once, so that no more is in memory than is trained.
+        specs: how each is quantized, by the linears' names.
         squares: mean squares `[in_features]` of each linear's inputs.
         run: the layer with some weights replaced: hidden states `[rows, seq_len, hidden]` and
             weights by name, to the layer's output; differentiable in the weights.
@@ -48,7 +49,7 @@ class LayerTask:
         ranks: this process among those that share the rows of every batch.
     """
 
-    weights: Mapping[str, Tensor]
+    weight: Callable[[str], Tensor]
     specs: Mapping[str, QuantSpec]
     squares: Mapping[str, Tensor]
     run: Callable[[Tensor, dict[str, Tensor]], Tensor]
@@ -84,9 +85,9 @@ class LayerQuantizer:
         """
         learned = {
             name: LEARNED[self.name](
-                *started(weight, task.specs[name], self.clip, task.squares[name], task.ranks)
+                *started(task.weight(name), spec, self.clip, task.squares[name], task.ranks)
             )
-            for name, weight in task.weights.items()
+            for name, spec in task.specs.items()
         }
         start = _results(learned)
         first = next(task.batches)
@@ -215,18 +216,18 @@ class LearnedWeight(nn.Module):
         scale, zero_point: the grid to start from, `[out_features, groups]` float16.
 
     Attributes:
-        weight: as given.
+        COPIES: float32 values for each weight that are in memory from one update to the next
+            backward pass, the optimizer's among them; gradients are not.
         scale, low: of the starting grid, as stored, `[out_features, groups]` float32.
     """
 
-    weight: Tensor
+    COPIES: ClassVar[int]
     scale: Tensor
     low: Tensor
 
     def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__()
-        self.spec = spec
-        self.weight, self.scale = weight, scale.float()
+        self.spec, self.scale = spec, scale.float()
         self.low = -self.scale * zero_point.float()
 
     def forward(self) -> Tensor:
@@ -277,13 +278,14 @@ class LearnedCodes(LearnedWeight):
     Source: EfficientQAT's Block-AP, Chen et al. 2024 (arXiv:2407.11062), section 3.2.
     """
 
+    COPIES = 5  # the codes with two moments, rounded, and the weight they make
     # What an element can move in all, in steps (weights, minima) or as a factor (scales), is about
     # half of `peak * updates`. Found on models of 0.3 and 1.4 million weights: docs/recipes.md.
     WEIGHT_PATH, GRID_PATH = 5.0, 2.0
 
     def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__(spec, weight, scale, zero_point)
-        steps = (self.weight - self.low[..., None]) / self.scale[..., None]
+        steps = (weight - self.low[..., None]) / self.scale[..., None]
         self.codes = nn.Parameter(steps)
         self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         self.offset = nn.Parameter(torch.zeros_like(self.scale))
@@ -310,9 +312,12 @@ class LearnedRounding(LearnedWeight):
     least-squares grid to start from.
     """
 
+    COPIES = 6  # the weight and its offset; in steps, with the offset, rounded, and as a weight
+
     def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__(spec, weight, scale, zero_point)
-        self.rounding = nn.Parameter(torch.zeros_like(self.weight))
+        self.weight = weight
+        self.rounding = nn.Parameter(torch.zeros_like(weight))
         # The two ends, as parts of half the starting range away from its middle.
         self.ends = nn.Parameter(torch.ones(2, *self.scale.shape, device=self.scale.device))
 
@@ -346,11 +351,13 @@ class LearnedClipping(LearnedWeight):
     Source: OmniQuant's learnable weight clipping, Shao et al. 2023 (arXiv:2308.13137), eq. 2.
     """
 
+    COPIES = 5  # the weight; in steps, rounded, clamped, and as a weight
     START = 4.0  # sigmoid(4) = 0.98: nearly the whole range
     RATE = 1e-2  # at the paper's thousands of updates; more where there are fewer
 
     def __init__(self, spec: QuantSpec, weight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         super().__init__(spec, weight, scale, zero_point)
+        self.weight = weight
         start = torch.full((2, *self.scale.shape), self.START, device=self.scale.device)
         self.ends = nn.Parameter(start)
 

@@ -43,7 +43,7 @@ def layer_task(weight: Tensor, spec: QuantSpec, hessian: Tensor, parts: int = 1)
     wanted = inputs @ weight.float().clamp(-LARGEST, LARGEST).T
     batch = list(zip(inputs.chunk(parts), wanted.chunk(parts), strict=True))
     return LayerTask(
-        weights={"linear": weight},
+        weight={"linear": weight}.__getitem__,
         specs={"linear": spec},
         squares={"linear": hessian.diagonal() / len(hessian)},
         run=lambda hidden, weights: hidden @ weights["linear"].T,
