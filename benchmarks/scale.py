@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -123,6 +124,7 @@ def main() -> None:
     """Run the measurements, print tables, and write them all as JSON and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller sizes")
+    parser.add_argument("--rounds", type=int, default=1, help="of each conversion")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; repeatable")
     parser.add_argument("--gpu", action="store_true", help="LLaMA-2-70B's shapes on a GPU")
     parser.add_argument("--dry", action="store_true", help="with --gpu: tiny shapes on a CPU")
@@ -140,7 +142,7 @@ def main() -> None:
 
             results |= scale_gpu.measure(Path(folder), dry=args.dry)
         else:
-            results |= measure(Path(folder), args.only or PARTS, args.quick)
+            results |= measure(Path(folder), args.only or PARTS, args.quick, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot and results.get("growth"):
@@ -165,20 +167,22 @@ def machine() -> dict[str, str]:
     }
 
 
-def measure(folder: Path, parts: Sequence[str], quick: bool) -> dict[str, Any]:
+def measure(folder: Path, parts: Sequence[str], quick: bool, rounds: int) -> dict[str, Any]:
     """The CPU's parts."""
-    bench = Bench(folder)
+    bench = Bench(folder, rounds)
     own = bench.own
     print(
         f"\nthe interpreter's own, with a minimal conversion: {own.cpu_seconds:.1f} s, "
+        f"with its plots {bench.started.cpu_seconds:.1f} s, "
         f"{own.private_bytes / 1e6:.0f} MB private, {own.data_bytes / 1e6:.0f} MB of address "
         f"space; imports alone {bench.imports.resident_bytes / 1e6:.0f} MB resident",
         flush=True,
     )
     results: dict[str, Any] = {
-        "own": {"cpu_seconds": own.cpu_seconds, "private_bytes": own.private_bytes,
-                "data_bytes": own.data_bytes, "resident_bytes": own.resident_bytes,
-                "imports": bench.imports.resident_bytes},
+        "rounds": rounds,
+        "own": {"cpu_seconds": own.cpu_seconds, "started": bench.started.cpu_seconds,
+                "private_bytes": own.private_bytes, "data_bytes": own.data_bytes,
+                "resident_bytes": own.resident_bytes, "imports": bench.imports.resident_bytes},
         "growth": {}, "exponents": {}, "planned": [],
     }  # fmt: skip
     if "limit" in parts:
@@ -223,35 +227,41 @@ class Bench:
     """Conversions in one folder.
 
     Attributes:
-        own: what a conversion of one narrow layer takes, the median of three: the interpreter, its
-            imports, torch's own memory. It is subtracted everywhere, but
-        imports: from resident memory, which the plan counts above imports alone.
+        imports: of the interpreter that has imported everything; the plan counts memory above it.
+        own: of a conversion of one narrow layer, the median of three; memory limits are above it.
+        started: of one of two narrow layers, likewise, with the plots that the page of a
+            conversion has from then on; processor time is counted above it.
+        rounds: of each conversion; times are medians, memory and disk the most.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.imports = watch([sys.executable, "-c", IMPORTS], [])
-        smallest = Size(256, 1, 2)
-        self._checkpoint(smallest)  # writes it: the first conversion reads from the page cache too
-        runs = [self._convert(smallest, STREAM, seqlen=16) for _ in range(3)]
+    def __init__(self, folder: Path, rounds: int) -> None:
+        self.folder, self.rounds = folder, rounds
+        self.imports = watch([sys.executable, "-c", IMPORTS])
+        self.own, self.started = (self._smallest(layers) for layers in (1, 2))
+
+    def _smallest(self, layers: int) -> Watched:
+        size = Size(256, layers, 2)
+        self._checkpoint(size)  # writes it: the first conversion reads from the page cache too
+        runs = [self._convert(size, STREAM, seqlen=16) for _ in range(3)]
         assert all(run.told["output"] for run in runs)
-        self.own = sorted(runs, key=lambda run: run.cpu_seconds)[1]
+        return sorted(runs, key=lambda run: run.cpu_seconds)[1]
 
     def measured(self, what: str, size: Size, options: tuple[str, ...]) -> Measured:
         """One conversion, above the interpreter's own."""
         model = self._checkpoint(size)
-        took = self._convert(size, options)
-        plan = took.told["plan"]
+        took = [self._convert(size, options) for _ in range(self.rounds)]
+        plans = [each.told["plan"] for each in took]
+        plan = plans[0]
         return Measured(
             what,
             size,
             _size(model),
-            took.cpu_seconds - self.own.cpu_seconds,
-            took.private_bytes - self.own.private_bytes,
-            took.resident_bytes - self.imports.resident_bytes,
-            took.disk_bytes,
-            took.told["bytes_read"],
-            plan["seconds"],
+            statistics.median(each.cpu_seconds for each in took) - self.started.cpu_seconds,
+            max(each.private_bytes for each in took) - self.own.private_bytes,
+            max(each.resident_bytes for each in took) - self.imports.resident_bytes,
+            max(each.disk_bytes for each in took),
+            took[0].told["bytes_read"],
+            statistics.median(each["seconds"] for each in plans),
             plan["host_bytes"],
             sum(disk["needed"] for disk in plan["disks"]),
             plan["read_bytes"],

@@ -7,13 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 LOOK = 0.005  # seconds between two looks at a process's memory
-LOOK_DISK = 0.02
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Watched:
         private_bytes: the highest of its private resident memory (RssAnon) that was seen.
         resident_bytes: of all its resident memory (VmHWM), mapped files among it.
         data_bytes: of its private writable address space (VmData), which RLIMIT_DATA limits.
-        disk_bytes: of the files in the folders that it was to write to.
+        disk_bytes: the most that files of its work folder and output had.
     """
 
     code: int
@@ -34,9 +32,9 @@ class Watched:
     private_bytes: int
     resident_bytes: int
     data_bytes: int
-    disk_bytes: int
     out: str
     err: str
+    disk_bytes: int = 0
 
     @property
     def told(self) -> dict[str, Any]:
@@ -60,18 +58,20 @@ def convert(
         out: a folder that does not exist; its work folder is beside it.
         data_limit, private_limit: see `watch`.
     """
+    work, disk = out.with_name(f"{out.name}.rilq-work"), out.with_name("disk.json")
     command = [
-        *(sys.executable, "-m", "rilq", "convert", str(model)),
+        *(sys.executable, str(Path(__file__).with_name("scale_disk.py"))),
+        *(str(disk), str(out), str(work), "--", "convert", str(model)),
         *("--dataset", str(model / "text.txt"), "--nsamples", str(rows), "--seqlen", str(seqlen)),
         *("--device", "cpu", "-o", str(out), "--db", "none", "--resume", "never"),
         *("--quiet", "--json", *map(str, options)),
     ]
-    return watch(command, [out, out.with_name(f"{out.name}.rilq-work")], data_limit, private_limit)
+    watched = watch(command, data_limit, private_limit)
+    return replace(watched, disk_bytes=json.loads(disk.read_text()) if disk.exists() else 0)
 
 
 def watch(
     command: list[str],
-    folders: list[Path],
     data_limit: int | None = None,
     private_limit: int | None = None,
 ) -> Watched:
@@ -87,8 +87,8 @@ def watch(
             resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
 
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    private = resident = data = disk = 0
-    begun, looked = time.perf_counter(), 0.0
+    private = resident = data = 0
+    begun = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = subprocess.Popen(
             command, stdout=out, stderr=err, env=os.environ | threads, preexec_fn=limited
@@ -102,8 +102,6 @@ def watch(
             resident = max(resident, seen["VmHWM"])
             if private_limit is not None and private > private_limit:
                 child.kill()
-            if time.perf_counter() - looked > LOOK_DISK:
-                disk, looked = max(disk, sum(_sizes(folders))), time.perf_counter()
             time.sleep(LOOK)
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0), err.seek(0)
@@ -114,7 +112,6 @@ def watch(
             private,
             resident,
             data,
-            disk,
             out.read(),
             err.read(),
         )
@@ -131,13 +128,3 @@ def _memory(pid: int) -> dict[str, int]:
     except (OSError, ValueError):
         pass
     return found
-
-
-def _sizes(folders: list[Path]) -> Iterator[int]:
-    for folder in folders:
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                try:
-                    yield os.stat(os.path.join(parent, name)).st_size
-                except FileNotFoundError:  # it was renamed or deleted meanwhile
-                    continue
