@@ -27,6 +27,7 @@ from rilq.converter.machine import (
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import Plan, check_fits, make_plan, measure_pace
 from rilq.converter.ranks import ALONE, Ranks
+from rilq.converter.resq.pace import measure_resq_pace
 from rilq.converter.resq.plan import resq_plan
 from rilq.converter.rotation import RotatedCheckpoint, refuse_fp8
 from rilq.converter.shared_workdir import SharedWorkDir
@@ -110,7 +111,7 @@ def prepare(options: ConvertOptions, report: Reporter, ranks: Ranks = ALONE) -> 
     if options.resq is None:
         plan = make_plan(streamed, options, machine, measure_pace, processes=ranks.count)
     else:
-        plan = resq_plan(streamed, options, machine, processes=ranks.count)
+        plan = resq_plan(streamed, options, machine, measure_resq_pace, processes=ranks.count)
     if ranks.several:  # the same words for all of them, and for a single process that goes on
         plan = replace(plan, choices=replace(plan.choices, device=machine.device.type))
     return Job(options, checkpoint, streamed, plan, ranks)

@@ -8,8 +8,8 @@ from rilq.converter.plan.choose import GPU_TOKENS, STREAM_TOKENS
 from rilq.converter.plan.disks import DOWNLOADS, WORK
 from rilq.converter.plan.linears import LinearPlan, adapter_spec
 from rilq.converter.plan.make import make_plan
-from rilq.converter.plan.memory import FIXED, fixed_on_cpu
-from rilq.converter.plan.pace import measure_pace
+from rilq.converter.plan.memory import FIXED, process_bytes
+from rilq.converter.plan.pace import Measure, measure_pace
 from rilq.converter.plan.plan import Choices, Disk, Plan, check_fits
 
 __all__ = [
@@ -21,10 +21,11 @@ __all__ = [
     "Choices",
     "Disk",
     "LinearPlan",
+    "Measure",
     "Plan",
     "adapter_spec",
     "check_fits",
-    "fixed_on_cpu",
     "make_plan",
     "measure_pace",
+    "process_bytes",
 ]

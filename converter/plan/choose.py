@@ -10,7 +10,7 @@ import torch
 from rilq.converter.adapters import learning_rate, scales_learning_rate
 from rilq.converter.machine import Machine
 from rilq.converter.options import LAYER_QUANTIZERS, ConvertOptions, Tier
-from rilq.converter.plan.memory import FIXED, stream_bytes, train_bytes
+from rilq.converter.plan.memory import peak_bytes, stream_bytes, train_bytes
 from rilq.converter.plan.plan import Choices
 from rilq.converter.plan.sizes import Sizes
 from rilq.errors import OptionError
@@ -30,6 +30,13 @@ def choose(sizes: Sizes, options: ConvertOptions, machine: Machine) -> Choices:
     dtype = options.dtype if options.dtype != "auto" else str(machine.dtype).rpartition(".")[2]
     item = getattr(torch, dtype).itemsize
     free = machine.device_free if machine.device_free is not None else machine.host_free
+
+    def streaming(choices: Choices) -> int:
+        return peak_bytes(stream_bytes(sizes, item, choices), sizes, choices)
+
+    def training(choices: Choices) -> int:
+        return peak_bytes(train_bytes(sizes, item, choices), sizes, choices)
+
     tiers: list[Tier] = ["dense", "packed"]
     # The state of codes nothing but the device can hold; ResQ's layers are not moved.
     if options.trains != "all+codes" and options.resq is None:
@@ -51,20 +58,20 @@ def choose(sizes: Sizes, options: ConvertOptions, machine: Machine) -> Choices:
     plain = Choices(dtype, str(machine.device), tiers[0], batch_rows, micros[-1], rate, scales_rate,
                     sizes.seqlen, experts_apart=apart)  # fmt: skip
     if sizes.experts and options.quantizer in LAYER_QUANTIZERS:
-        trains = not apart and stream_bytes(sizes, item, plain) + FIXED <= 0.8 * free
+        trains = not apart and streaming(plain) <= 0.8 * free
         plain = replace(plain, trains_experts=trains)
     tries = [replace(plain, student=t, micro_batch=m) for t in tiers for m in micros]
     # A packed student dequantizes anew for every micro-batch; a dense one with small micro-batches
     # is still faster, so the order of `tries` is that of speed.
-    fitting = [c for c in tries if train_bytes(sizes, item, c) + FIXED <= 0.8 * free]
+    fitting = [c for c in tries if max(training(c), streaming(c)) <= 0.8 * free]
     chosen = fitting[0] if fitting else tries[-1]
     if options.micro_batch is None and (apart or machine.device_free is not None):
         most = min((APART_TOKENS if apart else GPU_TOKENS) // sizes.seqlen, sizes.rows)
-        chosen = _filled(chosen, most, lambda c: stream_bytes(sizes, item, c) + FIXED <= 0.8 * free)
+        chosen = _filled(chosen, most, lambda c: streaming(c) <= 0.8 * free)
     if chosen.student != "dense":  # asked for, or needed, to save memory
         return chosen
     whole = replace(chosen, recompute=False)
-    return whole if train_bytes(sizes, item, whole) + FIXED <= 0.4 * free else chosen
+    return whole if training(whole) <= 0.4 * free else chosen
 
 
 def _filled(choices: Choices, most: int, fits: Callable[[Choices], bool]) -> Choices:

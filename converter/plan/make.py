@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ from rilq.converter.plan.linears import (
 )
 from rilq.converter.plan.memory import (
     FIXED,
-    fixed_on_cpu,
     host_bytes,
+    peak_bytes,
     stream_bytes,
     train_bytes,
     train_host_bytes,
@@ -39,15 +40,14 @@ def make_plan(
     streamed: StreamedModel,
     options: ConvertOptions,
     machine: Machine,
-    measure: Measure | None = None,
+    measure: Measure[Any],
     *,
     processes: int = 1,
 ) -> Plan:
     """Decide how to convert a checkpoint; reads headers, touches nothing.
 
     Args:
-        measure: times what the conversion consists of; None for an estimate from `machine` alone.
-            Nothing but `seconds` and `time_basis` depends on it.
+        measure: times what the conversion consists of; nothing but `seconds` depends on it.
         processes: that convert together; likewise.
 
     Raises:
@@ -74,8 +74,7 @@ def make_plan(
     item = getattr(torch, choices.dtype).itemsize
     stream, train = stream_bytes(sizes, item, choices), train_bytes(sizes, item, choices)
     on_cpu = machine.device_free is None
-    peak = max(stream, train if options.trains != "none" else 0)
-    peak += fixed_on_cpu(len(streamed.layers)) if on_cpu else FIXED
+    peak = peak_bytes(max(stream, train if options.trains != "none" else 0), sizes, choices)
     host = max(host_bytes(sizes, item, choices), train_host_bytes(sizes, choices)) + FIXED
     beside = beside_bytes(sizes, quantized, options)
     output = sizes.output_bytes + beside
@@ -83,7 +82,7 @@ def make_plan(
     rotates = options.rotate or options.resq is not None
     rotating = max(t.nbytes for t in checkpoint.tensors.values()) if rotates else 0
     work = work_to_time(quantized, choices, sizes)
-    pace = measure and measure(work, options, machine, checkpoint)
+    pace = measure(work, options, machine, checkpoint)
     seconds, basis = estimated_seconds(sizes, options, machine, validation, pace, processes)
     return Plan(
         model=checkpoint.source.label,

@@ -6,26 +6,42 @@ from rilq.calib.activations import WRITE_BEHIND
 from rilq.calib.statistics import CHUNK as ROWS_IN_FLOAT32
 from rilq.converter.experts import HESSIANS
 from rilq.converter.loss import LOGITS
+from rilq.converter.machine import LARGE_BLOCK
 from rilq.converter.plan.plan import Choices
 from rilq.converter.plan.sizes import Sizes
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
 from rilq.converter.tiers import COPIES, pinned_bytes
 from rilq.formats.packed_linear import CHUNK
 
-# Kernels' work space, the tokenizer, code that is read when first used: 40 MB were measured of a
-# conversion of one narrow layer on a CPU. And the modules of each decoder layer.
-FIXED, FIXED_CPU, MODULES = 300 << 20, 39 << 20, 200 << 10
-# Float32 values per weight while a decoder layer is trained: itself, what is rounded with gradient
-# and two moments, and the rounded one; and of one linear at a time, what its backward pass takes.
-LEARNED_COPIES, LEARNED_BACK = 6, 7
-# And activations, with their gradients. Those of experts have other sizes in every batch, and leave
-# holes in the heap: this much was measured of two small mixtures.
-LEARNED_ACTIVATIONS, EXPERT_ACTIVATIONS = 3.0, 7.5
+FIXED, HOLES = 300 << 20, 0.08  # of a device: its context, kernels; holes in what was freed
+# Of a process on a CPU, above one that has imported everything: code that is read when it is first
+# used, the tokenizer; the modules of each decoder layer; and what it takes in the end, to draw the
+# page of the conversion.
+FIXED_CPU, MODULES, PAGE = 55 << 20, 200 << 10, 82 << 20
+# Blocks below `LARGE_BLOCK` stay in the heap when they are freed, and leave holes: so much while a
+# model is trained in batches of such blocks.
+HEAP = 28 << 20
+# Float32 values per weight while a decoder layer is trained, beside the `COPIES` of its quantizer:
+# the gradient, from the second part of a batch on; the holes that small matrices leave. And of one
+# linear at a time, what its backward pass takes.
+LEARNED_GRADIENT, LEARNED_HOLES, LEARNED_BACK = 1, 3, 7.5
 
 
-def fixed_on_cpu(layers: int) -> int:
-    """Bytes of host memory that a conversion takes whatever its sizes, above an idle process."""
-    return FIXED_CPU + MODULES * layers
+def process_bytes(work: int, layers: int) -> int:
+    """Bytes of host memory that a process on a CPU takes, above an idle one.
+
+    Args:
+        work: bytes that its fullest moment needs.
+        layers: decoder layers of the model.
+    """
+    return max(FIXED_CPU + round((1 + HOLES) * work), PAGE) + MODULES * layers
+
+
+def peak_bytes(work: int, sizes: Sizes, choices: Choices) -> int:
+    """Memory of the device at its fullest: `work`, and what is taken whatever the sizes."""
+    if choices.device == "cpu":
+        return process_bytes(work, sizes.layers)
+    return round((1 + HOLES) * work) + FIXED
 
 
 def host_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
@@ -46,54 +62,70 @@ def host_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
 
 
 def stream_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
-    """Full-precision layer as stored and as computed, hidden states, and the widest moment.
+    """The layer as stored, as computed and as quantized, and the widest moment beside it.
 
-    That is running a batch, factoring a Hessian, or quantizing a linear: what one of them
-    took is free again when the next one begins. On a CPU also the layer that is read
-    meanwhile, and what waits to be written. Embedding and head are dropped before the first
-    layer comes; they are quantized in parts.
+    That is running a batch, summing or factoring a Hessian, or quantizing a linear: what one of
+    them took is free again when the next one begins. On a CPU also the layer that is read
+    meanwhile. Embedding and head are dropped before the first layer comes; they are quantized in
+    parts.
     """
-    held = sizes.layer_bytes + sizes.layer_values * item
+    held = sizes.layer_bytes + sizes.layer_values * item + sizes.layer_packed
     ahead = sizes.layer_bytes
     if choices.experts_apart:  # those of the output stay packed; none is read ahead
         held = sizes.rest_bytes + sizes.rest_values * item
         held += 2 * sizes.packed_experts + 3 * sizes.largest_linear * item
         ahead = sizes.rest_bytes
     if choices.device == "cpu":  # shards are mapped, and their pages counted while they are read
-        held += 2 * ahead + _written_behind(sizes, item, choices)
-    # Batches of teacher and student, each with the one that is read ahead.
-    tokens = choices.batch_rows * sizes.seqlen
-    held += 4 * tokens * sizes.hidden * item + sizes.layer_alternatives
-    # Without gradients nothing is kept of an expert once the next one runs.
-    running = tokens * (10 * sizes.hidden + 4 * sizes.widest_inner) * item
+        held += ahead
+    held += sizes.layer_alternatives
+    tokens = min(choices.batch_rows, sizes.rows) * sizes.seqlen
+    batch = tokens * sizes.hidden * item
+    running = _running_bytes(sizes, tokens, item)
     quantizer = 8 * 4 * sizes.largest_linear
     if sizes.learned_values:
         learned = sizes.learned_values if choices.trains_experts else sizes.rest_values
-        training = LEARNED_COPIES * 4 * learned + LEARNED_BACK * 4 * sizes.largest_linear
-        sets = EXPERT_ACTIVATIONS if sizes.experts else LEARNED_ACTIVATIONS
-        training += int(sets * sizes.activations(choices.micro_batch, item))
-        quantizer = max(quantizer + 4 * learned, training)
-    moments = [running, quantizer]
+        quantizer = max(quantizer + 4 * learned, _learning_bytes(sizes, item, choices, learned))
+    # Batches of teacher and student, each with the one that is read ahead; and to be written.
+    passing = 4 * batch + running
+    if choices.device == "cpu":
+        passing += max(min(WRITE_BEHIND, sizes.states_bytes(item)), batch)
+    moments = [passing, quantizer]
     if sizes.hessians:
         sums = 4 * sizes.widest_input**2
         kept = sums * sizes.keeps_hessians  # where adapters start from them
         width = sizes.widest_input
-        moments = [
-            sums + running + 4 * width * min(tokens, ROWS_IN_FLOAT32),
-            max(factor_bytes(width), factor_bytes(min(width, AT_ONCE))) + kept,
-            sums + kept + quantizer,
+        experts = min(sizes.experts * sums, max(HESSIANS, sums)) if sizes.experts else 0
+        moments += [
+            sums + experts + 2 * batch + running + 4 * width * min(tokens, ROWS_IN_FLOAT32),
+            max(factor_bytes(width), factor_bytes(min(width, AT_ONCE))) + kept + experts,
+            sums + kept + quantizer + experts,
         ]
-        if sizes.experts:
-            held += min(sizes.experts * sums, max(HESSIANS, sums))
     outer = sizes.outer_bytes + sizes.outer_values * item + sizes.outer_packed_bytes
     outer += 8 * 4 * min(CHUNK, sizes.outer_packed)
     return max(outer, held + max(moments))
 
 
-def _written_behind(sizes: Sizes, item: int, choices: Choices) -> int:
-    """Hidden states that wait to be written: the queue, or one batch if that is larger."""
-    batch = choices.batch_rows * sizes.seqlen * sizes.hidden * item
-    return max(min(WRITE_BEHIND, sizes.states_bytes(item)), batch)
+def _running_bytes(sizes: Sizes, tokens: int, item: int) -> int:
+    """A decoder layer at work without gradients, where nothing is kept: attention, or an MLP.
+
+    An MLP has its gate, the other factor and their product, or both factors as one linear gives
+    them with two more; of experts one at a time.
+    """
+    inner = max(3 * sizes.widest_inner, 2 * sizes.widest_output)
+    return tokens * (3 * sizes.hidden + max(7 * sizes.hidden, inner)) * item
+
+
+def _learning_bytes(sizes: Sizes, item: int, choices: Choices, learned: int) -> int:
+    """While `learned` weights of a decoder layer are trained on its output."""
+    copies = sizes.learned_copies + LEARNED_GRADIENT * (choices.micro_batch < sizes.batch_size)
+    if choices.device == "cpu" and 0 < 4 * sizes.largest_of_experts < LARGE_BLOCK:
+        copies += LEARNED_HOLES
+    values = copies * learned + LEARNED_BACK * sizes.largest_linear
+    # Codes of the start, to compare with; a batch and the next, of teacher and student.
+    beside = learned + 4 * sizes.batch_size * sizes.seqlen * sizes.hidden * item
+    tokens = choices.micro_batch * sizes.seqlen
+    loss = 4 * 4 * tokens * sizes.hidden
+    return int(4 * values) + beside + loss + sizes.kept_bytes(tokens, item, inputs=True)
 
 
 def train_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
@@ -110,20 +142,24 @@ def train_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
         on_cpu = choices.device == "cpu"
         weights = sizes.offload.on_cpu() if on_cpu else sizes.offload.on_device()
     tokens = choices.micro_batch * sizes.seqlen
-    width = sizes.hidden
-    if not choices.recompute:  # every input of an operation; float32 copies in the norms
-        width = 16 * sizes.hidden + 6 * sizes.intermediate
-    kept = sizes.layers * tokens * width * item
+    batch = tokens * sizes.hidden * item
+    # Inputs are kept for what is trained of a linear's weight, or of an adapter without groups.
+    layer = sizes.kept_bytes(tokens, item, inputs=sizes.trains_scales or not sizes.pooled)
+    kept = sizes.layers * (batch if choices.recompute else layer)
     # Student's and teacher's in two forms each, and gradients; a chunk of positions at once.
     logits = 8 * 4 * min(tokens * sizes.vocabulary, max(LOGITS, sizes.vocabulary))
-    # Where all layers' are kept, those of the layer at work are among them.
-    work = (3 if choices.recompute else 2) * sizes.activations(choices.micro_batch, item)
+    # Gradients of the layer at work; what is kept of it, where that is not among all layers'.
+    work = tokens * (6 * sizes.hidden + 3 * sizes.intermediate) * item
+    work += layer if choices.recompute else 0
     once = choices.student == "dense" and not sizes.trains_scales
     dequantized = 0 if once else 2 * 4 * sizes.largest_linear
     if sizes.trains_scales:
-        dequantized += 5 * 4 * min(sizes.largest_linear, CHUNK)
+        dequantized += 4 * 4 * min(sizes.largest_linear, CHUNK)
     head = 0 if once else sizes.packed_head * item
-    return weights + head + kept + logits + work + dequantized
+    kept += 2 * sizes.batch_size * sizes.seqlen * sizes.hidden * item  # targets, and the next ones
+    if choices.device == "cpu" and choices.student != "offload" and batch < LARGE_BLOCK:
+        kept += HEAP
+    return weights + head + kept + max(logits, work + dequantized)
 
 
 def train_host_bytes(sizes: Sizes, choices: Choices) -> int:

@@ -1,7 +1,6 @@
 """How fast this machine does what a conversion consists of: its kernels, timed on small pieces.
 
-Pieces have the widths of the model's own linears and the tokens of its own batches, but few rows of
-weights; what they take is multiplied. All of it ends within about two seconds, whatever the model.
+All of it ends within about two seconds, whatever the model.
 """
 
 from __future__ import annotations
@@ -9,33 +8,39 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Generic
 
 import torch
 import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
-from rilq.converter.machine import Machine, large_blocks_returned, seconds_of
+from rilq.converter.machine import Machine, large_blocks_returned
 from rilq.converter.options import ConvertOptions, Tier
-from rilq.converter.quantizers import Quantizer, build_quantizer
-from rilq.converter.quantizers.layerwise import LayerQuantizer
+from rilq.converter.plan.pieces import (
+    LinearPiece,
+    Shape,
+    Spec,
+    WeightPieces,
+    product_seconds,
+)
+from rilq.converter.quantizers import LayerQuantizer, Quantizer, build_quantizer
+from rilq.converter.quantizers.layerwise import LEARNED, learned_optimizer, started
+from rilq.converter.quantizers.lsq import LsqQuantizer
+from rilq.converter.quantizers.rtn import RtnQuantizer
+from rilq.converter.zero_point_cost import KINDS
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.packed_linear import packed_linear
 from rilq.formats.packing import pack, stored_codes
 from rilq.formats.spec import QuantSpec
 
-PIECE = 1 << 21  # weights of a matrix product: more than a processor's own cache holds
-TOKENS = 512  # of it, at most
-COLUMNS, ROWS = 512, (64, 512)  # of what is quantized
 READING, CHUNK = 1.0, 8 << 20  # seconds; bytes at once
-
-Shape = tuple[int, int]  # out_features, in_features
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Generic[Spec]):
     """What is to be timed: all quantized linears of a model, and how they will be used.
 
     Attributes:
@@ -43,7 +48,7 @@ class Work:
         tokens, step_tokens: that run at once, in the pass and in training.
     """
 
-    linears: Mapping[tuple[Shape, QuantSpec], int]
+    linears: Mapping[tuple[Shape, Spec], int]
     tokens: int
     step_tokens: int
     tier: Tier
@@ -57,159 +62,170 @@ class Pace:
 
     Attributes:
         token: of a token through their dense weights.
-        student_token: through the student's.
-        step_token: through the student's and back, once more forward where activations are not
-            kept.
+        passing_token: through the student's while it is streamed; None if that is the same.
+        student_token: through the student's in training; 0 without training.
+        step_token: through these and back, once more forward where activations are not kept.
         hessian_token: to add a token to the Hessians of their inputs; 0 for a quantizer without.
         prepare: for what the quantizer makes of these Hessians before it begins.
-        quantize: for the quantizer; 0 for one that is trained, whose steps are counted elsewhere.
+        quantize: for the quantizer; for one that is trained, to find what it starts from.
+        update: of one that is trained, for all that an update does beside running the layer.
+        alternatives: to quantize them at more bits.
+        compared: to round them with each kind of zero-point, where that is asked for.
         read: bytes per second of the source, hashed; None if it is not here.
     """
 
-    token: float
-    student_token: float
-    step_token: float
-    hessian_token: float
-    prepare: float
-    quantize: float
-    read: float | None
+    token: float = 0.0
+    passing_token: float | None = None
+    student_token: float = 0.0
+    step_token: float = 0.0
+    hessian_token: float = 0.0
+    prepare: float = 0.0
+    quantize: float = 0.0
+    update: float = 0.0
+    alternatives: float = 0.0
+    compared: float = 0.0
+    read: float | None = None
 
 
 # How a plan asks for it: `measure_pace`, or what takes its place.
-Measure = Callable[[Work, ConvertOptions, Machine, Checkpoint], Pace]
+Measure = Callable[[Work[Spec], ConvertOptions, Machine, Checkpoint], Pace]
 
 
 @large_blocks_returned()  # as in the conversion, where fresh pages have their price
 def measure_pace(
-    work: Work, options: ConvertOptions, machine: Machine, checkpoint: Checkpoint
+    work: Work[QuantSpec], options: ConvertOptions, machine: Machine, checkpoint: Checkpoint
 ) -> Pace:
     """Time the kernels that `work` needs."""
-    device, dtype = machine.device, _dtype(options, machine)
-    shapes: Counter[Shape] = Counter()
-    for (shape, _), count in work.linears.items():
-        shapes[shape] += count
-    token = sum(n * _product(shape, work.tokens, dtype, device) for shape, n in shapes.items())
-    steps = {key: _step(*key, work, dtype, device) for key in work.linears}
-    hessians, prepare, quantize = _quantizing(work, options, machine)
-    return Pace(
-        token=token,
-        student_token=sum(n * steps[key][0] for key, n in work.linears.items()),
-        step_token=sum(n * steps[key][1] for key, n in work.linears.items()),
-        hessian_token=hessians,
-        prepare=prepare,
-        quantize=quantize,
-        read=_reading(checkpoint),
-    )
-
-
-def _dtype(options: ConvertOptions, machine: Machine) -> torch.dtype:
-    return machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-
-
-def _rows(shape: Shape, weights: int = PIECE) -> int:
-    """Rows of a piece of a weight matrix."""
-    return max(1, min(shape[0], weights // shape[1]))
-
-
-def _product(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds for a token through a dense linear."""
-    rows, tokens = _rows(shape), min(tokens, TOKENS)
-    x = torch.ones(tokens, shape[1], dtype=dtype, device=device)
-    weight = torch.ones(rows, shape[1], dtype=dtype, device=device)
-    return seconds_of(lambda: F.linear(x, weight), device) / tokens * shape[0] / rows
-
-
-def _step(
-    shape: Shape, spec: QuantSpec, work: Work, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
-    """Seconds for a token through the student's linear, and there and back in a training step."""
-    rows, tokens = _rows(shape, PIECE // 4), min(work.step_tokens, TOKENS)
-    x = torch.ones(tokens, shape[1], dtype=dtype, device=device, requires_grad=True)
-    if work.tier == "dense" and not work.trains_scales:
-        weight = torch.ones(rows, shape[1], dtype=dtype, device=device)
-
-        def forward() -> Tensor:
-            return F.linear(x, weight)
-    else:
-        codes = torch.zeros(rows, shape[1], dtype=torch.uint8, device=device)
-        words = pack(codes, spec.bits)
-        if work.tier == "dense":
-            words = stored_codes(words, spec.bits)
-        groups = (rows, shape[1] // spec.group_size)
-        scale = torch.ones(groups, device=device, requires_grad=work.trains_scales)
-        zero_point = torch.ones(groups, device=device, requires_grad=work.trains_scales)
-
-        def forward() -> Tensor:
-            return packed_linear(x, words, scale, zero_point, None, spec.bits)
-
-    grad = torch.ones(tokens, rows, dtype=dtype, device=device)
-    with torch.enable_grad():
-        once = seconds_of(forward, device, calls=2)
-        both = seconds_of(lambda: forward().backward(grad), device, calls=2)
-    share = shape[0] / rows / tokens
-    again = once if work.recompute else 0.0
-    return once * share, (both + again) * share
-
-
-def _quantizing(
-    work: Work, options: ConvertOptions, machine: Machine
-) -> tuple[float, float, float]:
-    """Seconds for a token's part in all Hessians, to prepare them, and to quantize all linears."""
+    dtype, device = computed_dtype(options, machine), machine.device
+    pace = dense_pace(work, options, machine, checkpoint)
+    if options.trains != "none":
+        pace = trained(pace, work, partial(_linear, work, dtype, device), dtype, device)
     quantizer = build_quantizer(
         options.quantizer, clip=options.clip, layer_steps=options.layer_steps
     )
     if isinstance(quantizer, LayerQuantizer):
-        return 0.0, 0.0, 0.0
-    per_token = preparing = total = 0.0
-    widths = {width for (_, width), _ in work.linears} if quantizer.needs_hessian else set()
-    hessians = {width: _hessian(quantizer, width, machine.device) for width in widths}
-    for ((out, width), spec), count in work.linears.items():
-        prepared = None
-        if quantizer.needs_hessian:
-            prepared, added, prepare = hessians[width]
-            # Linears that share an input share its Hessian: on average two of a decoder layer's.
-            per_token += count / 2 * added
-            preparing += count / 2 * prepare
-            # What a column's error does to those after it, beyond the columns of the piece.
-            total += count * out * width * max(0, width - COLUMNS) / machine.flops
-        total += count * _quantize(quantizer, (out, width), spec, prepared, machine.device)
-    return per_token, preparing, total
+        start = WeightPieces(work.linears, partial(_start, quantizer), None, machine)
+        update = WeightPieces(work.linears, partial(_update, quantizer), None, machine)
+        pace = replace(pace, quantize=start.seconds(), update=update.seconds())
+        other = _quantizing(LsqQuantizer(), work, machine)
+    else:
+        other = _quantizing(quantizer, work, machine)
+        pace = replace(
+            pace,
+            hessian_token=other.hessian_token,
+            prepare=other.prepare,
+            quantize=other.seconds(),
+        )
+    rounding = _quantizing(RtnQuantizer("lsq"), work, machine)
+    return replace(
+        pace,
+        alternatives=sum(other.seconds(bits=bits) for bits in options.more_bits),
+        compared=sum(
+            rounding.seconds(zero_point=kind) for kind in (KINDS if options.keep_adapter else ())
+        ),
+    )
 
 
-def _hessian(quantizer: Quantizer, width: int, device: torch.device) -> tuple[Tensor, float, float]:
-    """What `prepare` makes of a Hessian, of a piece; seconds to add a token, and to prepare."""
-    columns = min(width, COLUMNS)
-    x = torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(0)).to(device)
-    sums = torch.zeros(columns, columns, device=device)
-    added = seconds_of(lambda: sums.addmm_(x.T, x), device) / TOKENS
-    prepared: list[Tensor] = []
+def dense_pace(
+    work: Work[Spec], options: ConvertOptions, machine: Machine, checkpoint: Checkpoint
+) -> Pace:
+    """Of dense linears and of reading; nothing else takes any time."""
+    dtype = computed_dtype(options, machine)
+    counts: Counter[Shape] = Counter()
+    for (shape, _), count in work.linears.items():
+        counts[shape] += count
+    token = sum(
+        count * product_seconds(shape, work.tokens, dtype, machine.device)
+        for shape, count in counts.items()
+    )
+    return Pace(token=token, read=_reading(checkpoint))
 
-    def prepare() -> None:  # which may take the Hessian's memory
-        prepared.append(quantizer.prepare(sums.clone(), lambda _: None))
 
-    preparing = seconds_of(prepare, device, calls=1)
-    return prepared[-1], added * (width / columns) ** 2, preparing * (width / columns) ** 3
-
-
-def _quantize(
-    quantizer: Quantizer,
-    shape: Shape,
-    spec: QuantSpec,
-    prepared: Tensor | None,
+def trained(
+    pace: Pace,
+    work: Work[Spec],
+    make: Callable[[Shape, Spec], Callable[[int], Callable[[Tensor], Tensor]]],
+    dtype: torch.dtype,
     device: torch.device,
-) -> float:
-    """Seconds for one weight matrix, from a piece with few rows and one with many."""
-    out, width = shape
-    columns = min(width, COLUMNS)
-    few, many = (min(out, rows) for rows in ROWS)
-    taken = []
-    for rows in (few, many):
-        draw = torch.Generator().manual_seed(0)
-        weight = torch.randn(rows, columns, generator=draw).to(device)
-        quantize = partial(quantizer.quantize, weight, spec, prepared)
-        taken.append(seconds_of(quantize, device, calls=1))
-    each = max(0.0, taken[1] - taken[0]) / max(1, many - few)
-    return (taken[0] + each * (out - few)) * width / columns
+) -> Pace:
+    """The pace with that of training.
+
+    Args:
+        make: of a linear's shape and spec what `LinearPiece` takes.
+    """
+    student = both = 0.0
+    for (shape, spec), count in work.linears.items():
+        piece = LinearPiece(make(shape, spec), shape, work.step_tokens, dtype, device)
+        once = piece.forward()
+        student += count * once
+        both += count * (piece.step() + once * work.recompute)
+    return replace(pace, student_token=student, step_token=both)
+
+
+def computed_dtype(options: ConvertOptions, machine: Machine) -> torch.dtype:
+    """What layers are computed in."""
+    return machine.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def _linear(
+    work: Work[QuantSpec], dtype: torch.dtype, device: torch.device, shape: Shape, spec: QuantSpec
+) -> Callable[[int], Callable[[Tensor], Tensor]]:
+    """How to make pieces of a linear of the student."""
+    width = shape[1]
+
+    def make(rows: int) -> Callable[[Tensor], Tensor]:
+        if work.tier == "dense" and not work.trains_scales:
+            return partial(F.linear, weight=torch.ones(rows, width, dtype=dtype, device=device))
+        words = pack(torch.zeros(rows, width, dtype=torch.uint8, device=device), spec.bits)
+        if work.tier == "dense":
+            words = stored_codes(words, spec.bits)
+        groups = (rows, width // spec.group_size)
+        scale = torch.ones(groups, device=device, requires_grad=work.trains_scales)
+        zero_point = torch.ones(groups, device=device, requires_grad=work.trains_scales)
+        return lambda x: packed_linear(x, words, scale, zero_point, None, spec.bits)
+
+    return make
+
+
+def _quantizing(
+    quantizer: Quantizer, work: Work[QuantSpec], machine: Machine
+) -> WeightPieces[QuantSpec]:
+    """All linears by a quantizer that takes one weight at a time."""
+
+    def quantize(weight: Tensor, spec: QuantSpec, prepared: Tensor | None) -> Callable[[], object]:
+        return partial(quantizer.quantize, weight, spec, prepared)
+
+    def prepare(hessian: Tensor) -> Tensor:
+        return quantizer.prepare(hessian, lambda _: None)
+
+    needed = prepare if quantizer.needs_hessian else None
+    return WeightPieces(work.linears, quantize, needed, machine)
+
+
+def _start(
+    quantizer: LayerQuantizer, weight: Tensor, spec: QuantSpec, _: Tensor | None
+) -> Callable[[], object]:
+    """Finding the grid that a weight is trained from."""
+    squares = torch.ones(weight.shape[1], device=weight.device)
+    return lambda: started(weight, spec, quantizer.clip, squares)
+
+
+def _update(
+    quantizer: LayerQuantizer, weight: Tensor, spec: QuantSpec, _: Tensor | None
+) -> Callable[[], object]:
+    """An update of a weight that is trained: rounded, with the gradients of that, and the step."""
+    squares = torch.ones(weight.shape[1], device=weight.device)
+    learned = LEARNED[quantizer.name](*started(weight, spec, "none", squares))
+    optimizer = learned_optimizer(quantizer.name, learned.groups(quantizer.steps))
+    gradient = torch.ones_like(weight)
+
+    @torch.enable_grad()
+    def update() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        learned().backward(gradient)
+        optimizer.step()
+
+    return update
 
 
 def _reading(checkpoint: Checkpoint) -> float | None:

@@ -1,4 +1,4 @@
-"""How long a conversion takes: an estimate from the machine's rates, or from timed kernels."""
+"""How long a conversion takes: an estimate from timed kernels, and from the machine's rates."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from rilq.converter.plan.pace import Pace, Work
 from rilq.converter.plan.plan import Choices
 from rilq.converter.plan.sizes import Sizes
 from rilq.converter.ranks import most_rows
-from rilq.converter.zero_point_cost import KINDS
+from rilq.converter.resq.sizes import PartsSpec
 from rilq.formats.spec import QuantSpec
 
-# Clip search tries 100 ranges for each weight, each in 9 passes over float32 that read and write.
+# To find the range of a group of embedding or head: 100 of them for each weight, each in 9 passes
+# over float32 that read and write.
 SEARCH_BYTES = 100 * 9 * 8
 # A rotated weight is read and written in float64 by some five passes, and converted twice.
 ROTATE_BYTES = 100
 # Before each group of linears its inputs are computed: of a Llama's layer nothing, then a tenth,
 # two tenths and seven tenths, and attention three times.
 HESSIAN_PASSES = 1.1
-# Adam's passes over what is trained, float32; a rounded weight with its gradients and moments.
-UPDATE_BYTES, ROUND_BYTES = 60, 120
-SMALL = 512  # hidden size below which overheads decide: 50 s planned, 124 s taken at 128
+# What lies between the linears, where keys and values are turned and quantized as well.
+QUANTIZED_BESIDES = 2.0
+UPDATE_BYTES = 60  # Adam's passes over what is trained on the final hidden states, float32
 SYNCED = 0.08  # seconds of each decoder layer in which its files are written, hashed and synced
 
 
-def work_to_time(quantized: tuple[LinearPlan, ...], choices: Choices, sizes: Sizes) -> Work:
+def work_to_time(
+    quantized: tuple[LinearPlan, ...], choices: Choices, sizes: Sizes
+) -> Work[QuantSpec | PartsSpec]:
     """What a measured pace has to be told."""
     return Work(
         linears=Counter(
-            ((p.out_features, p.in_features), p.spec)
-            for p in quantized
-            if isinstance(p.spec, QuantSpec)
+            ((p.out_features, p.in_features), p.spec) for p in quantized if p.spec is not None
         ),
         tokens=choices.batch_rows * choices.seqlen,
         step_tokens=choices.micro_batch * choices.seqlen,
@@ -48,14 +49,14 @@ def estimated_seconds(
     options: ConvertOptions,
     machine: Machine,
     validation: int,
-    pace: Pace | None,
+    pace: Pace,
     processes: int,
 ) -> tuple[float, str]:
     """Seconds of the linears at their pace, and of all else at the machine's rates.
 
     Args:
         validation: rows that are held out of the training.
-        pace: as measured; None for an estimate from the machine's rates too.
+        pace: of the linears.
         processes: that share the rows, of data and of the weights to quantize.
 
     Returns:
@@ -63,12 +64,7 @@ def estimated_seconds(
     """
     basis = f"a matrix product at {machine.flops / 1e9:.0f} GFLOP/s and an addition at "
     basis += f"{machine.bandwidth / 1e9:.1f} GB/s ({machine.name})"
-    if pace is not None:
-        basis += ", and these linears, their quantizer and training step, timed just now"
-    else:
-        pace = _estimated(sizes, machine)
-        if sizes.hidden < SMALL:
-            basis += "; matrices as small as this model's can take three times as long"
+    basis += ", and these linears, their quantizer and training step, timed just now"
     seconds = _streaming(sizes, options, machine, pace, processes)
     if pace.read is not None:
         read = sizes.layers * sizes.layer_bytes / pace.read
@@ -87,23 +83,26 @@ def _streaming(
     sizes: Sizes, options: ConvertOptions, machine: Machine, pace: Pace, processes: int
 ) -> float:
     """Seconds of the pass over all decoder layers, without reading them."""
-    forward = _active(sizes) * pace.token + _besides(sizes, machine)
+    active, besides = _active(sizes), _besides(sizes, machine)
+    teacher = active * pace.token + besides
+    student = teacher
+    if pace.passing_token is not None:
+        student = active * pace.passing_token + QUANTIZED_BESIDES * besides
     tokens = most_rows(sizes.rows, processes) * sizes.seqlen
-    passes = 2 + HESSIAN_PASSES * sizes.hessians  # teacher, student
-    seconds = tokens * (passes * forward + pace.hessian_token)
-    # All processes measure the gains on the same rows, and prepare the same Hessians.
-    seconds += sizes.rows * sizes.seqlen * sizes.gain_passes * forward
-    seconds += pace.prepare + pace.quantize / processes + sizes.layers * SYNCED
-    compared = len(KINDS) * options.keep_adapter  # both kinds of zero-point
-    searched = sizes.quantized_weights * (sizes.alternatives / processes + compared)
-    moved = SEARCH_BYTES * (searched + sizes.outer_packed)
+    # Inputs of the linears: to sum their Hessians; or their squares, of a layer that is trained.
+    looked = HESSIAN_PASSES if sizes.hessians else float(sizes.learned_values > 0)
+    calibrated = options.resq is not None and options.resq.needs_covariances
+    seconds = tokens * ((1 + calibrated) * teacher + (1 + looked) * student + pace.hessian_token)
+    seconds += (pace.quantize + pace.alternatives) / processes + sizes.layers * SYNCED
+    # All processes measure the gains on the same rows, prepare the same Hessians, and compare.
+    seconds += sizes.rows * sizes.seqlen * sizes.gain_passes * teacher
+    seconds += pace.prepare + pace.compared
+    if sizes.learned_values:
+        learned = most_rows(options.batch_size, processes) * sizes.seqlen
+        seconds += options.layer_steps * (pace.update + learned * 3 * teacher)  # and backward
+    moved = SEARCH_BYTES * sizes.outer_packed
     if options.rotate:
         moved += ROTATE_BYTES * sizes.parameters
-    if sizes.learned_values:  # rounded in every update, once their grid is found
-        each = options.layer_steps * ROUND_BYTES + SEARCH_BYTES / processes
-        moved += sizes.layers * sizes.learned_values * each
-        learned = options.layer_steps * most_rows(options.batch_size, processes) * sizes.seqlen
-        seconds += learned * 3 * forward  # and backward
     return seconds + moved / machine.bandwidth
 
 
@@ -141,19 +140,3 @@ def _besides(sizes: Sizes, machine: Machine) -> float:
     flops = 2.0 * rest + 4.0 * sizes.layers * sizes.seqlen * sizes.hidden
     between = sizes.layers * (40 * sizes.hidden + 12 * sizes.intermediate)
     return flops / machine.flops + between * machine.dtype.itemsize / machine.bandwidth
-
-
-def _estimated(sizes: Sizes, machine: Machine) -> Pace:
-    """What `machine`'s two rates say of the linears."""
-    token = 2.0 * sizes.quantized_weights / machine.flops
-    quantize = 2.0 * sizes.quantized_weights * sizes.widest_input / machine.flops
-    searched = SEARCH_BYTES * sizes.quantized_weights * sizes.searches / machine.bandwidth
-    return Pace(
-        token=token,
-        student_token=token,
-        step_token=3 * token,
-        hessian_token=1.5 * token * sizes.hessians,
-        prepare=0.0,
-        quantize=quantize * sizes.hessians + searched,
-        read=None,
-    )

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PretrainedConfig
 
 from rilq.converter.adapters import AdapterSpec
 from rilq.converter.alternatives import ROWS as GAIN_ROWS
+from rilq.converter.architecture import head_size
 from rilq.converter.experts import names_apart, names_at_once
 from rilq.converter.layers import StreamedModel
-from rilq.converter.options import DEFAULT_CLIP, LAYER_QUANTIZERS, MOST_AVERAGE_BITS, ConvertOptions
+from rilq.converter.options import LAYER_QUANTIZERS, MOST_AVERAGE_BITS, ConvertOptions
 from rilq.converter.plan.linears import (
     LinearPlan,
     adapter_spec,
@@ -20,9 +22,10 @@ from rilq.converter.plan.linears import (
     trained_values,
     weight_count,
 )
+from rilq.converter.quantizers.layerwise import LEARNED
 from rilq.converter.tiers import OffloadSizes, pinned_bytes
 from rilq.formats.shard import TensorInfo
-from rilq.formats.spec import QuantSpec
+from rilq.formats.spec import EXPERTS, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,14 @@ class Sizes:
     packed_head: int  # weights of a quantized head, which a student holds dense
     parameters: int
     largest_linear: int
+    largest_of_experts: int  # 0 without
     widest_input: int
+    widest_output: int
     hidden: int
     intermediate: int  # of all experts that a token meets, with what they read
     widest_inner: int  # of one of them
+    keys_and_values: int  # of a token
+    normed: int  # values of a token that the norms of a decoder layer read
     vocabulary: int
     quantized_weights: int
     quantized_bits: int
@@ -55,12 +62,14 @@ class Sizes:
     offload: OffloadSizes
     trains_scales: bool
     trains_codes: bool
+    pooled: bool  # adapters that read sums of groups, not the inputs
+    batch_size: int
     rows: int
     seqlen: int
     hessians: bool
     keeps_hessians: bool  # for adapters, beside what the quantizer makes of them
-    searches: bool
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
+    learned_copies: int  # float32 values for each of them
     experts: int  # of a decoder layer, at most
     expert_values: int  # parameters of all experts of a decoder layer
     idle_values: int  # of them, those that no token meets on average
@@ -91,7 +100,6 @@ class Sizes:
         outer = streamed.outer_names()
         weights = {f"{p.name}.weight" for p in (*quantized, *packed_outer)}
         bits, outer_bits = stored_bits(quantized, options.avg_bits), stored_bits(packed_outer)
-        head_size = streamed.config.vocab_size * streamed.config.hidden_size
         adapters = adapter_spec(options)
         outer_stored = outer_bits // 8 + sum(tensors[n].nbytes for n in outer if n not in weights)
         apart, rest = [names_apart(n) for n in layers], [names_at_once(n) for n in layers]
@@ -105,6 +113,7 @@ class Sizes:
         # What a token takes in all experts that it meets, one after the other.
         width = getattr(config, "moe_intermediate_size", config.intermediate_size)
         met = chosen * (width + config.hidden_size)
+        learns = options.quantizer in LAYER_QUANTIZERS
 
         def page_locked(names: Iterable[str]) -> int:
             return sum(pinned_bytes(tensors[name].nbytes) for name in names)
@@ -121,13 +130,19 @@ class Sizes:
             outer_bytes=checkpoint.nbytes(outer),
             outer_packed=weight_count(packed_outer),
             outer_packed_bytes=outer_bits // 8,
-            packed_head=head_size if options.head_bits < 16 else 0,
+            packed_head=config.vocab_size * config.hidden_size * (options.head_bits < 16),
             parameters=_values(streamed, outer) + sum(_values(streamed, n) for n in layers),
             largest_linear=max((p.out_features * p.in_features for p in quantized), default=0),
+            largest_of_experts=max(
+                (p.out_features * p.in_features for p in quantized if EXPERTS in p.name), default=0
+            ),
             widest_input=max((p.in_features for p in quantized), default=0),
+            widest_output=max((p.out_features for p in quantized), default=0),
             hidden=streamed.config.hidden_size,
             intermediate=max(dense, met),
             widest_inner=max(dense, width if experts else 0),
+            keys_and_values=2 * _kv_heads(config) * head_size(config),
+            normed=max(sum(_normed(config, n) for n in names) for names in layers),
             vocabulary=streamed.config.vocab_size,
             quantized_weights=weight_count(quantized),
             quantized_bits=bits,
@@ -138,13 +153,14 @@ class Sizes:
             offload=_offload_sizes(outer_stored, layers, tensors, quantized, options, adapters),
             trains_scales=options.trains in ("scales", "adapters+scales", "all", "all+codes"),
             trains_codes=options.trains == "all+codes",
+            pooled=options.adapter == "pooled",
+            batch_size=options.batch_size,
             rows=rows,
             seqlen=seqlen,
             hessians=options.quantizer in ("gptq", "lsq") or options.adapter_init == "eora",
             keeps_hessians=options.adapter_init == "eora",
-            searches=(options.clip or DEFAULT_CLIP[options.quantizer]) != "none",
-            learned_values=max(_values(streamed, names) for names in layers)
-            * (options.quantizer in LAYER_QUANTIZERS),
+            learned_values=max(_values(streamed, names) for names in layers) * learns,
+            learned_copies=LEARNED[options.quantizer].COPIES if learns else 0,
             experts=experts,
             expert_values=expert_values,
             idle_values=expert_values - expert_values * chosen // max(1, experts),
@@ -165,17 +181,35 @@ class Sizes:
         return round(self.alternative_bytes * self.layer_values)
 
     @property
+    def layer_packed(self) -> int:
+        """Bytes of the largest decoder layer as the output holds it."""
+        return self._packed(self.layer_values)
+
+    @property
     def packed_experts(self) -> int:
         """Bytes of the experts of a decoder layer as the output holds them."""
-        return int(self.expert_values * self.quantized_bits / max(1, self.quantized_weights)) // 8
+        return self._packed(self.expert_values)
+
+    def _packed(self, values: int) -> int:
+        return int(values * self.quantized_bits / max(1, self.quantized_weights)) // 8
 
     def states_bytes(self, item: int) -> int:
         """Hidden states of all rows at a layer boundary, of `item` bytes each."""
         return self.rows * self.seqlen * self.hidden * item
 
-    def activations(self, rows: int, item: int) -> int:
-        """Bytes of one decoder layer at work on `rows` rows, inputs and outputs included."""
-        return rows * self.seqlen * (10 * self.hidden + 4 * self.intermediate) * item
+    def kept_bytes(self, tokens: int, item: int, *, inputs: bool) -> int:
+        """What one decoder layer keeps for its backward pass, of values with `item` bytes.
+
+        Of the norms their inputs in float32; queries and attention's output, keys and values; of
+        the MLP its gate, that through the activation, and the other factor.
+
+        Args:
+            inputs: of the linears, too.
+        """
+        values = 2 * self.hidden + self.keys_and_values + 3 * self.intermediate
+        if inputs:
+            values += 2 * self.hidden + self.intermediate
+        return tokens * (4 * self.normed + values * item)
 
 
 def _offload_sizes(
@@ -209,6 +243,19 @@ def _offload_sizes(
         layer_grid_values=max(map(sum, grids)),
         pinned_grid_bytes=sum(pinned_bytes(4 * count) for each in grids for count in each),
     )
+
+
+def _kv_heads(config: PretrainedConfig) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _normed(config: PretrainedConfig, name: str) -> int:
+    """Values of a token that a norm reads, by the name of its weight; 0 for other tensors."""
+    if not name.endswith("norm.weight"):
+        return 0
+    heads = {"q_norm": config.num_attention_heads, "k_norm": _kv_heads(config)}
+    module = name.split(".")[-2]
+    return heads[module] * head_size(config) if module in heads else int(config.hidden_size)
 
 
 def _values(streamed: StreamedModel, names: Iterable[str]) -> int:

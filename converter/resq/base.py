@@ -35,7 +35,6 @@ from rilq.formats.verify import file_hash
 from rilq.progress import Reporter
 
 BASES = "bases"  # stage of the work folder, and its file
-NEEDS_COVARIANCES = ("resq", "quik")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def make_base(
     path = work.file(f"{BASES}.safetensors")
     if not work.stage(BASES):
         found: Covariances | None = None
-        if options.method in NEEDS_COVARIANCES:
+        if options.needs_covariances:
             found = CovariancePass(source, streamed, tokens, work, rows, report, ranks).run()
         ranks.once(lambda: _bases(options, sizes, found, seed).save(path))
         work.commit(BASES, BASES, {}, files={path: file_hash(path)})

@@ -84,6 +84,11 @@ class ResqOptions:
         )
 
     @property
+    def needs_covariances(self) -> bool:
+        """Whether a pass of its own comes before the one that quantizes."""
+        return self.method in ("resq", "quik")
+
+    @property
     def parts(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Bits of the parts of a vector, and their shares of its channels."""
         share = self.high_fraction

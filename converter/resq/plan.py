@@ -13,10 +13,10 @@ from rilq.calib.statistics import CHUNK as ROWS_AT_ONCE
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
-from rilq.converter.plan import FIXED, WORK, Disk, Plan, fixed_on_cpu, make_plan
+from rilq.converter.plan import FIXED, WORK, Disk, Measure, Plan, make_plan, process_bytes
 from rilq.converter.ranks import most_rows
-from rilq.converter.resq.base import NEEDS_COVARIANCES, planned_checkpoint, resq_config
-from rilq.converter.resq.rotated import CHUNK as TURNED_AT_ONCE
+from rilq.converter.resq.base import planned_checkpoint, resq_config
+from rilq.converter.resq.rotated import ROWS as TURNED_ROWS
 from rilq.converter.resq.rotated import resq_sizes
 from rilq.converter.resq.sizes import PartsSpec, RunTimeBits
 
@@ -28,12 +28,18 @@ HOST_FLOPS = 4e11  # in float32 of the processors beside a GPU, assumed: nothing
 
 
 def resq_plan(
-    source: StreamedModel, options: ConvertOptions, machine: Machine, *, processes: int = 1
+    source: StreamedModel,
+    options: ConvertOptions,
+    machine: Machine,
+    measure: Measure[PartsSpec],
+    *,
+    processes: int = 1,
 ) -> Plan:
     """Decide how to convert by `options.method`; reads headers, touches nothing.
 
     Args:
         source: the full-precision model.
+        measure: see `make_plan`.
         processes: that convert together.
 
     Raises:
@@ -45,25 +51,24 @@ def resq_plan(
     rotated = StreamedModel(
         planned_checkpoint(source.checkpoint, source), dtype=source.dtype, device=source.device
     )
-    plan = make_plan(rotated, options, machine, processes=processes)
+    plan = make_plan(rotated, options, machine, measure, processes=processes)
     sizes, config = resq_sizes(source.config), source.config
     residual = FLOAT64 * sizes.hidden**2
     heads = FLOAT64 * sizes.layers * (sizes.kv_heads + 1) * sizes.head_dim**2
-    calibrated = chosen.method in NEEDS_COVARIANCES
+    calibrated = chosen.needs_covariances
     outer = calibrated * source.checkpoint.nbytes(source.outer_names())
     factors = resq_config(chosen, config.intermediate_size).hadamard
     online = sizes.layers * sum(order**2 for order in factors)
     online += sizes.layers * sizes.head_dim**2 * ("C" in chosen.rotations)
     output = plan.output_bytes + 4 * online
     largest = max(prod(tensor.shape) for tensor in source.checkpoint.tensors.values())
-    host = plan.host_bytes + residual + heads + TURNING * min(TURNED_AT_ONCE, largest)
+    host = plan.host_bytes + residual + heads + TURNING * min(TURNED_ROWS * sizes.hidden, largest)
     device = plan.device_bytes
     if calibrated:
         first = _first_pass(source, plan)
-        fixed = fixed_on_cpu(plan.layers)
-        host = max(host, fixed + EIGH_COPIES * residual + heads)
+        host = max(host, process_bytes(EIGH_COPIES * residual + heads, plan.layers))
         if device is None:
-            host = max(host, fixed + first)
+            host = max(host, process_bytes(first, plan.layers))
         else:
             device = max(device, first + FIXED)
     specs = [(p.out_features, p.spec) for p in plan.quantized if isinstance(p.spec, PartsSpec)]
@@ -120,7 +125,7 @@ def _with_state(disk: Disk, state: int, output: int) -> Disk:
 def _seconds(
     source: StreamedModel, plan: Plan, machine: Machine, processes: int, *, calibrated: bool
 ) -> float:
-    """Of the first pass, of the bases and of the rotation, at the machine's rates.
+    """Of the sums of the first pass, of the bases and of the rotation, at the machine's rates.
 
     Processes share the rows of the pass; each of them rotates every layer.
     """
@@ -129,8 +134,6 @@ def _seconds(
     turning = SLOWER * 2.0 * plan.parameters * width  # every weight times U_A, by the processors
     flops = 0.0
     if calibrated:
-        weights = sum(p.out_features * p.in_features for p in plan.quantized)
-        flops += 2.0 * tokens * weights
         flops += SLOWER * 2 * 2.0 * tokens * plan.layers * width**2  # both inputs of a layer
         flops += SLOWER * 10.0 * width**3  # eigenvectors
     rate = machine.flops if machine.device_free is None else HOST_FLOPS

@@ -16,7 +16,7 @@ from rilq.converter.rotation import TurnedCheckpoint
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.resq.install import ARCHITECTURES
 
-CHUNK = 1 << 21  # elements turned at once: enough rows that a dense matrix is worth reading
+ROWS = 256  # turned at once: enough that a dense matrix is worth reading
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DenseTurns:
     @property
     def chunk(self) -> int:
         """See `Turns`; more than with Hadamard matrices, since every product reads all of U_A."""
-        return CHUNK
+        return ROWS * len(self.bases.residual)
 
     @cached_property
     def _stays(self) -> bool:
@@ -51,7 +51,8 @@ class ResqCheckpoint(TurnedCheckpoint):
     behind them, a tied head is a tensor of its own, and the logits are the source's. With
     `identity_bases` that is all that is done.
 
-    Memory beside the tensors that `read` returns: U_A, `8 hidden^2` bytes, and 60 MB.
+    Memory beside the tensors that `read` returns: U_A, `8 hidden^2` bytes, and about 30 bytes for
+    each value of `ROWS` rows.
 
     Args:
         source: opened; not used any more by anybody else.

@@ -48,6 +48,7 @@ def make_student(
     kind: str = "pooled",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    recompute: bool = True,
 ) -> Student:
     """Over what `write_layers` wrote; all that is trained has values that do something."""
     adapters = train.startswith("adapters")
@@ -61,6 +62,7 @@ def make_student(
         tier=tier,
         dtype=dtype,
         device=torch.device(device),
+        recompute=recompute,
     )
     draw = torch.Generator().manual_seed(9)
     for _, parameter in sorted(student.trained.items()):

@@ -11,6 +11,7 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import Plan, make_plan
+from rilq.converter.plan.pace import Pace
 from rilq.converter.tiers import pinned_bytes
 
 GB = 10**9
@@ -32,7 +33,8 @@ def planned(streamed: StreamedModel, tmp_path: Path) -> Callable[..., Plan]:
         free = None if device_gb is None else int(device_gb * GB)
         machine = Machine(device, torch.bfloat16, 64 * GB, free, 1e12, 1e11, "made up")
         options = {**asked, **options}
-        return make_plan(streamed, ConvertOptions(model="70b", **options), machine)  # type: ignore[arg-type]
+        asked = ConvertOptions(model="70b", **options)  # type: ignore[arg-type]
+        return make_plan(streamed, asked, machine, lambda *_: Pace())
 
     return plan
 

@@ -11,12 +11,14 @@ from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan import Plan
+from rilq.converter.plan.pace import Pace
 from rilq.converter.resq.plan import resq_plan
 from rilq.errors import OptionError, UnsupportedArchitectureError
 from rilq.formats.checkpoint import Checkpoint
 from rilq.formats.source import LocalFolder
 
 GPU = Machine(torch.device("cuda"), torch.bfloat16, 64 << 30, 80 << 30, 1e15, 3e12, "a large GPU")
+NOTHING = Pace()  # as if quantized linears took no time
 CPU = replace(GPU, device=torch.device("cpu"), device_free=None)
 
 
@@ -29,13 +31,14 @@ def plan(tiny_llama: Path, tmp_path: Path) -> Callable[..., Plan]:
         method: str,
         model: Path = tiny_llama,
         processes: int = 1,
+        pace: Pace = NOTHING,
         **given: object,
     ) -> Plan:
         checkpoint = Checkpoint.open(LocalFolder(model))
         streamed = StreamedModel(checkpoint, dtype=torch.bfloat16, device=torch.device("meta"))
         asked = {"model": str(model), "method": method, "seqlen": 64, "output_dir": tmp_path / "o"}
         options = ConvertOptions.of_recipe("default", **asked, **given)
-        return resq_plan(streamed, options, machine, processes=processes)
+        return resq_plan(streamed, options, machine, lambda *_: pace, processes=processes)
 
     return make
 

@@ -120,7 +120,7 @@ def test_large_tensors_are_turned_in_parts(
     bases = bases_of("resq", folder)
     whole = ResqCheckpoint(opened(folder), bases)
     tensors = whole.read(whole.tensors)
-    monkeypatch.setattr("rilq.converter.resq.rotated.CHUNK", 300)  # four rows, less than a head's
+    monkeypatch.setattr("rilq.converter.resq.rotated.ROWS", 4)  # less than a head's
     in_parts = ResqCheckpoint(opened(folder), bases)
     for name, tensor in in_parts.read(in_parts.tensors).items():
         torch.testing.assert_close(tensor, tensors[name])
