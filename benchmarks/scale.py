@@ -10,7 +10,8 @@ On a CPU, with random checkpoints of LLaMA-2-70B's structure (scale_checkpoint.p
             that a straight line through their logarithms has
   plan      what `rilq plan` says of each of these conversions, against what was measured
 
-    python benchmarks/scale.py                      # ten minutes
+    python benchmarks/scale.py                      # a quarter of an hour
+    python benchmarks/scale.py --rounds 3           # medians of three
     python benchmarks/scale.py --quick              # three, with 20 layers at most
     python benchmarks/scale.py --only limit
     python benchmarks/scale.py --gpu [--dry]        # LLaMA-2-70B's own shapes: scale_gpu.py
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,9 @@ def planned(bench: "Bench", quick: bool) -> Iterator[Measured]:
         options = (*TRAIN, "--student", tier, "--train", "adapters")
         yield bench.measured(f"gptq, training {tier}", PLANNED, options)
     if not quick:
-        yield bench.measured("rtn", PLANNED, ("--quantizer", "rtn", "--train", "none"))
+        # Of few rows it takes no longer than what is subtracted varies.
+        more = replace(PLANNED, rows=128)
+        yield bench.measured("rtn", more, ("--quantizer", "rtn", "--train", "none"))
         yield bench.measured("default", PLANNED, DEFAULT)
         yield bench.measured("default, rotated", PLANNED, (*DEFAULT, "--rotate"))
         yield bench.measured("default, 2.5 bits", PLANNED, (*DEFAULT, "--avg-bits", "2.5"))
@@ -250,6 +253,7 @@ class Bench:
         """One conversion, above the interpreter's own."""
         model = self._checkpoint(size)
         took = [self._convert(size, options) for _ in range(self.rounds)]
+        print(f"{what}, {size}: done", file=sys.stderr, flush=True)
         plans = [each.told["plan"] for each in took]
         plan = plans[0]
         return Measured(
@@ -342,10 +346,14 @@ def _size(model: Path) -> int:
 
 
 def exponents(name: str, course: list[Measured]) -> dict[str, float]:
-    """How time and memory grow with a size: the slope of logarithms, by least squares."""
+    """How time and memory grow with a size.
+
+    Memory by the slope of logarithms. Time beside a constant: what is subtracted from it is known
+    to a second only, which is much of the smallest sizes' time.
+    """
     sizes = [getattr(m.size, name) for m in course]
     return {
-        "cpu_seconds": exponent(sizes, [m.cpu_seconds for m in course]),
+        "cpu_seconds": exponent_beside_constant(sizes, [m.cpu_seconds for m in course]),
         "resident_bytes": exponent(sizes, [m.resident_bytes for m in course]),
     }
 
@@ -357,6 +365,19 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return sum((x - middle) * y for x, y in zip(xs, ys, strict=True)) / sum(
         (x - middle) ** 2 for x in xs
     )
+
+
+def exponent_beside_constant(sizes: list[int], values: list[float]) -> float:
+    """`p` of the `a + c * size^p` that fits best, from 0.05 to 4."""
+
+    def apart(power: float) -> float:
+        ones = torch.ones(len(sizes), dtype=torch.float64)
+        columns = torch.stack([ones, torch.tensor(sizes, dtype=torch.float64) ** power], 1)
+        wanted = torch.tensor(values, dtype=torch.float64)[:, None]
+        found = torch.linalg.lstsq(columns, wanted).solution
+        return float((columns @ found - wanted).square().sum())
+
+    return min((step / 100 for step in range(5, 401)), key=apart)
 
 
 def print_growth(name: str, course: list[Measured]) -> None:

@@ -1,4 +1,4 @@
-"""`benchmarks/scale.py --gpu --dry`: the GPU's part runs to its end on a CPU, in small."""
+"""benchmarks/scale.py: its GPU part runs to its end on a CPU; a plan holds what it measures."""
 
 import json
 import math
@@ -9,7 +9,60 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scale.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "scale.py"
+
+TRAINED = (
+    *("--layer-steps", "2", "--steps", "2", "--val-every", "2", "--rank", "8"),
+    *("--batch-size", "8"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--quantizer", "gptq", "--clip", "none", "--train", "none"),
+        (*TRAINED, "--micro-batch", "1"),
+        (*TRAINED, "--micro-batch", "8"),
+        (*TRAINED, "--quantizer", "gptq", "--train", "adapters", "--micro-batch", "8"),
+        ("--method", "resq"),
+    ],
+    ids=["gptq", "blockap in rows", "blockap in batches", "adapters in batches", "resq"],
+)
+def test_memory_and_disk_are_what_the_plan_said(options: tuple[str, ...], tmp_path: Path) -> None:
+    """Resident memory above that of a process which has imported everything."""
+    told = json.loads(in_process(MEASURE, str(tmp_path), *options))
+    assert 0.97 < told["planned"] / told["resident"] < 1.2
+    assert 1.0 <= told["planned_disk"] / told["disk"] < 1.15
+
+
+# In a process of its own, because the benchmark's modules have names of their own at the top level.
+MEASURE = """
+import json, sys
+from pathlib import Path
+from scale import IMPORTS
+from scale_checkpoint import llama_config, write_checkpoint
+from scale_run import convert, watch
+
+folder, options = Path(sys.argv[1]), sys.argv[2:]
+write_checkpoint(folder / "model", llama_config(512, 3, positions=128), 2 * 32 * 128)
+imports = watch([sys.executable, "-c", IMPORTS])
+took = convert(folder / "model", folder / "out", *options, rows=32, seqlen=128)
+plan = took.told["plan"]
+print(json.dumps({
+    "resident": took.resident_bytes - imports.resident_bytes, "planned": plan["host_bytes"],
+    "disk": took.disk_bytes, "planned_disk": sum(disk["needed"] for disk in plan["disks"]),
+}))
+"""
+
+
+def in_process(code: str, *arguments: str) -> str:
+    """What Python code prints, run in the benchmarks' folder."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
