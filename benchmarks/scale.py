@@ -395,7 +395,7 @@ def print_growth(name: str, course: list[Measured]) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Time and memory against each size, both axes logarithmic."""
+    """Time against each size on linear axes, memory on logarithmic ones."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display
@@ -413,10 +413,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for axis, (name, course) in zip(row, courses.items(), strict=True):
             sizes = [m["size"][name] for m in course]
             fitted = results["exponents"][name][kind]
-            axis.loglog(sizes, [value(m) for m in course], "o-", label=f"exponent {fitted:.2f}")
+            draw = axis.plot if kind == "cpu_seconds" else axis.loglog
+            draw(sizes, [value(m) for m in course], "o-", label=f"exponent {fitted:.2f}")
             axis.set_xlabel(name)
             axis.set_xticks(sizes, [str(size) for size in sizes])
-            axis.minorticks_off()
+            axis.xaxis.minorticks_off()
             axis.legend()
         row[0].set_ylabel(label)
     figure.tight_layout()
