@@ -7,7 +7,7 @@ On a CPU, with random checkpoints of LLaMA-2-70B's structure (scale_checkpoint.p
             run, and a quarter of the checkpoint: on private memory (the process is killed where
             more is seen), and on private address space (RLIMIT_DATA)
   growth    processor time and resident memory with layers, rows and hidden size, and the exponents
-            that a straight line through their logarithms has
+            that fit them
   plan      what `rilq plan` says of each of these conversions, against what was measured
 
     python benchmarks/scale.py                      # a quarter of an hour
@@ -174,16 +174,15 @@ def measure(folder: Path, parts: Sequence[str], quick: bool, rounds: int) -> dic
     own = bench.own
     print(
         f"\nthe interpreter's own, with a minimal conversion: {own.cpu_seconds:.1f} s, "
-        f"with its plots {bench.started.cpu_seconds:.1f} s, "
         f"{own.private_bytes / 1e6:.0f} MB private, {own.data_bytes / 1e6:.0f} MB of address "
         f"space; imports alone {bench.imports.resident_bytes / 1e6:.0f} MB resident",
         flush=True,
     )
     results: dict[str, Any] = {
         "rounds": rounds,
-        "own": {"cpu_seconds": own.cpu_seconds, "started": bench.started.cpu_seconds,
-                "private_bytes": own.private_bytes, "data_bytes": own.data_bytes,
-                "resident_bytes": own.resident_bytes, "imports": bench.imports.resident_bytes},
+        "own": {"cpu_seconds": own.cpu_seconds, "private_bytes": own.private_bytes,
+                "data_bytes": own.data_bytes, "resident_bytes": own.resident_bytes,
+                "imports": bench.imports.resident_bytes},
         "growth": {}, "exponents": {}, "planned": [],
     }  # fmt: skip
     if "limit" in parts:
@@ -231,23 +230,19 @@ class Bench:
 
     Attributes:
         imports: of the interpreter that has imported everything; the plan counts memory above it.
-        own: of a conversion of one narrow layer, the median of three; memory limits are above it.
-        started: of one of two narrow layers, likewise, with the plots that the page of a
-            conversion has from then on; processor time is counted above it.
+        own: of a conversion of two narrow layers, the median of three: the interpreter, imports,
+            torch's own memory, the page in the end. Time and memory limits are above it.
         rounds: of each conversion; times are medians, memory and disk the most.
     """
 
     def __init__(self, folder: Path, rounds: int) -> None:
         self.folder, self.rounds = folder, rounds
         self.imports = watch([sys.executable, "-c", IMPORTS])
-        self.own, self.started = (self._smallest(layers) for layers in (1, 2))
-
-    def _smallest(self, layers: int) -> Watched:
-        size = Size(256, layers, 2)
-        self._checkpoint(size)  # writes it: the first conversion reads from the page cache too
-        runs = [self._convert(size, STREAM, seqlen=16) for _ in range(3)]
+        smallest = Size(256, 2, 2)
+        self._checkpoint(smallest)  # writes it: the first conversion reads from the page cache too
+        runs = [self._convert(smallest, STREAM, seqlen=16) for _ in range(3)]
         assert all(run.told["output"] for run in runs)
-        return sorted(runs, key=lambda run: run.cpu_seconds)[1]
+        self.own = sorted(runs, key=lambda run: run.cpu_seconds)[1]
 
     def measured(self, what: str, size: Size, options: tuple[str, ...]) -> Measured:
         """One conversion, above the interpreter's own."""
@@ -260,7 +255,7 @@ class Bench:
             what,
             size,
             _size(model),
-            statistics.median(each.cpu_seconds for each in took) - self.started.cpu_seconds,
+            statistics.median(each.cpu_seconds for each in took) - self.own.cpu_seconds,
             max(each.private_bytes for each in took) - self.own.private_bytes,
             max(each.resident_bytes for each in took) - self.imports.resident_bytes,
             max(each.disk_bytes for each in took),

@@ -10,6 +10,8 @@ import json
 import os
 import runpy
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,20 @@ def main() -> None:
     """Run the command in this process."""
     split = sys.argv.index("--")
     result, *folders = sys.argv[1:split]
-    most, looking = 0, False
+    most, looking = 0, threading.local()
 
     def look() -> None:
         nonlocal most
         most = max(most, sum(map(_size, folders)))
 
     def seen(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal looking
-        if looking:  # listing folders is an event too
+        if getattr(looking, "now", False):  # listing folders is an event too
             return
         replaced = event == "os.rename" and os.path.exists(args[1])
         if event in SHRINKING or replaced or (event == "open" and _cuts(*args)):
-            looking = True
+            looking.now = True
             look()
-            looking = False
+            looking.now = False
 
     sys.path.pop(0)  # this folder: a script's own, which `python -m` does not have
     sys.argv = ["rilq", *sys.argv[split + 1 :]]
@@ -54,7 +55,8 @@ def _size(folder: str) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            total += os.stat(os.path.join(parent, name)).st_size
+            with suppress(FileNotFoundError):  # another thread renames it meanwhile
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 

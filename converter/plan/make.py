@@ -47,7 +47,8 @@ def make_plan(
     """Decide how to convert a checkpoint; reads headers, touches nothing.
 
     Args:
-        measure: times what the conversion consists of; nothing but `seconds` depends on it.
+        measure: times what the conversion consists of; `seconds` and `time_basis` depend on it,
+            and nothing else does.
         processes: that convert together; likewise.
 
     Raises:

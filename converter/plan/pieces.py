@@ -28,14 +28,9 @@ Spec = TypeVar("Spec", bound=QuantSpec | PartsSpec)
 Prepare = Callable[[Tensor], Tensor]
 
 
-def rows_of(shape: Shape, weights: int = PIECE) -> int:
-    """Rows of a piece of a weight matrix with about so many weights."""
-    return max(1, min(shape[0], weights // shape[1]))
-
-
 def product_seconds(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds for a token through a dense linear, of so many at once."""
-    rows, tokens = rows_of(shape), min(tokens, TOKENS)
+    rows, tokens = _rows_of(shape), min(tokens, TOKENS)
     x = torch.ones(tokens, shape[1], dtype=dtype, device=device)
     weight = torch.ones(rows, shape[1], dtype=dtype, device=device)
     return seconds_of(lambda: F.linear(x, weight), device) / tokens * shape[0] / rows
@@ -84,7 +79,7 @@ class LinearPiece:
             work = partial(call, self.make(rows), rows)
             return seconds_of(work, self.device, calls=2)
 
-        many = rows_of(self.shape, PIECE // 4)
+        many = _rows_of(self.shape, PIECE // 4)
         return _by_rows(taken, self.shape[0], max(1, many // 4), many) / self.tokens
 
 
@@ -181,6 +176,11 @@ def _by_rows(taken: Callable[[int], float], rows: int, few: int, many: int) -> f
     least = taken(few)
     each = max(0.0, taken(many) - least) / max(1, many - few)
     return least + each * (rows - few)
+
+
+def _rows_of(shape: Shape, weights: int = PIECE) -> int:
+    """Rows of a piece of a weight matrix with about so many weights."""
+    return max(1, min(shape[0], weights // shape[1]))
 
 
 def _columns(width: int) -> int:

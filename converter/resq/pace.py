@@ -40,11 +40,14 @@ def measure_resq_pace(
     passing = summing = 0.0
     for (shape, spec), count in work.linears.items():
         linear = make(shape, spec)
-        piece = LinearPiece(linear, shape, work.tokens, dtype, device)
-        passing += count * piece.forward()
         # A Hessian is of quantized inputs. On average two linears share it, see `WeightPieces`.
-        piece.make = partial(_quantized_input, linear)
-        summing += count / 2 * piece.forward()
+        inputs = partial(_quantized_input, linear)
+        own, shared = (
+            LinearPiece(each, shape, work.tokens, dtype, device).forward()
+            for each in (linear, inputs)
+        )
+        passing += count * own
+        summing += count / 2 * shared
 
     pace = dense_pace(work, options, machine, checkpoint)
     if options.trains != "none":

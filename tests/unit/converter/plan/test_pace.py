@@ -75,8 +75,9 @@ def test_of_a_quantizer_that_is_trained_start_and_update_are_timed(
     pace = measure_pace(work, options, machine, streamed.checkpoint)
     assert pace.prepare == pace.hessian_token == pace.alternatives == 0
     assert pace.quantize > 0 and pace.update > 0
-    ten = replace(options, layer_steps=10)  # `update` is one of them, whatever there are
-    assert measure_pace(work, ten, machine, streamed.checkpoint).update < 3 * pace.update
+    many = replace(options, layer_steps=10_000)  # `update` is one of them, whatever there are
+    again = measure_pace(work, many, machine, streamed.checkpoint)
+    assert 0.1 < again.update / pace.update < 10
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq", "lsq", "blockap"])
