@@ -12,7 +12,7 @@ On a CPU, with random checkpoints of LLaMA-2-70B's structure (scale_checkpoint.p
 
     python benchmarks/scale.py                      # a quarter of an hour
     python benchmarks/scale.py --rounds 3           # medians of three
-    python benchmarks/scale.py --quick              # three, with 20 layers at most
+    python benchmarks/scale.py --quick              # four minutes, with 20 layers at most
     python benchmarks/scale.py --only limit
     python benchmarks/scale.py --gpu [--dry]        # LLaMA-2-70B's own shapes: scale_gpu.py
 """
@@ -113,8 +113,8 @@ COURSES = (
 )
 QUICK = (
     Course("layers", Size(256, 0, 4), (5, 10, 20)),
-    Course("rows", Size(256, 3, 0), (16, 64)),
-    Course("hidden", Size(0, 3, 8), (256, 512)),
+    Course("rows", Size(256, 3, 0), (16, 32, 64)),
+    Course("hidden", Size(0, 3, 8), (256, 512, 768)),
 )
 PLANNED = Size(512, 4, 32)
 MIXTURE = Size(512, 2, 32, experts=8)
@@ -364,6 +364,7 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 def exponent_beside_constant(sizes: list[int], values: list[float]) -> float:
     """`p` of the `a + c * size^p` that fits best, from 0.05 to 4."""
+    assert len(sizes) > 2, "through two points goes every such curve"
 
     def apart(power: float) -> float:
         ones = torch.ones(len(sizes), dtype=torch.float64)
