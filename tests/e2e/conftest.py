@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 import warnings
@@ -248,6 +249,18 @@ def run_cli(in_child: Callable[[Callable[[], None]], Ended]) -> Callable[..., En
             cli.main()
 
         return in_child(body)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., Ended]:
+    """`run_script(source, *arguments)`: Python source in a fresh interpreter, to its end."""
+
+    def run(source: str, *arguments: object) -> Ended:
+        command = [sys.executable, "-c", source, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return Ended(done.returncode, done.stdout, done.stderr)
 
     return run
 

@@ -3,17 +3,13 @@
 import errno
 import itertools
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-
-from rilq.converter import workdir
 
 QUICK: dict[str, Any] = {"quantizer": "rtn", "rank": 0}
 PLAIN = ("--quantizer", "rtn", "--rank", 0)
@@ -52,26 +48,36 @@ def expected(
 # -- memory ----------------------------------------------------------------------------------------
 
 
+# In a fresh process: the heap of this one may hold enough free memory for any layer here.
+SHORT_OF_MEMORY = """
+import resource
+
+import psutil
+from rilq import cli
+from rilq.converter import workdir
+
+def reached(at):
+    if at == "layers:cleaned":
+        size = psutil.Process().memory_info().vms + (16 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+workdir.reached = reached
+cli.main()
+"""
+
+
 def test_memory_that_runs_out_is_named_with_the_stage_and_the_rerun_finishes(
     tmp_path: Path,
     run_cli: Any,
+    run_script: Any,
     arguments: Any,
     make_model: Any,
     hashes: Callable[[Path], dict[str, str]],
 ) -> None:
     # Layers of 20 MB: they are what does not fit, and not the stack of a thread that reads them.
     model = make_model(tmp_path / "wide", hidden_size=512, intermediate_size=2048)
-
-    def reached(at: str) -> None:
-        if at == "layers:cleaned":
-            size = psutil.Process().memory_info().vms + (16 << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-    def first() -> None:
-        workdir.reached = reached
-
     words = [*PLAIN, "--max-shard-size", "5GB", "--quiet"]
-    ended = run_cli(*arguments(tmp_path, *words, model=model), first=first)
+    ended = run_script(SHORT_OF_MEMORY, *arguments(tmp_path, *words, model=model))
     check_refused(ended, "memory ran out after", "run the same command again", code=1)
     assert run_cli(*arguments(tmp_path, *words, model=model)).code == 0
     assert run_cli(*arguments(tmp_path / "anew", *words, model=model)).code == 0
