@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import volume_of
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan.linears import LinearPlan
 from rilq.converter.plan.plan import Disk
 from rilq.converter.plan.sizes import Sizes
+from rilq.formats.checkpoint import Checkpoint
 
 WORK, OUTPUT, DOWNLOADS = "the work folder", "the output", "downloads"  # what a volume holds
-JOURNAL = 1 << 20  # bytes of the journal, the rows, and small files beside the output
+TOKEN = torch.int64.itemsize  # of a calibration row
+RECORD = 4 << 10  # of a linear, in the journal and in the headers of files, or in the manifest
 
 
 def disks_needed(
@@ -22,7 +26,8 @@ def disks_needed(
 
     Args:
         work: as of `work_bytes`.
-        output: bytes; they take the place of what the work folder has given up by then.
+        output: as of `folder_bytes`; they take the place of what the work folder has given up by
+            then.
     """
     needs: dict[int, Disk] = {}
     fullest, writing = work
@@ -49,7 +54,7 @@ def disks_needed(
     return tuple(needs.values())
 
 
-def work_bytes(sizes: Sizes, item: int, options: ConvertOptions) -> tuple[int, int]:
+def work_bytes(sizes: Sizes, item: int, options: ConvertOptions, linears: int) -> tuple[int, int]:
     """Bytes of the work folder at its fullest, and while the output is written.
 
     Layers and outer tensors are there all the time: of embedding and head that are quantized,
@@ -58,7 +63,8 @@ def work_bytes(sizes: Sizes, item: int, options: ConvertOptions) -> tuple[int, i
     written, the targets, the last training state and the best values.
     """
     kept = sizes.output_bytes + (sizes.outer_bytes if sizes.outer_packed else 0)
-    kept += round(sizes.alternative_bytes * sizes.quantized_weights) + JOURNAL
+    kept += round(sizes.alternative_bytes * sizes.quantized_weights)
+    kept += TOKEN * sizes.rows * sizes.seqlen + RECORD * linears
     states, values = sizes.states_bytes(item), 4 * sizes.trained_values
     if options.adapter_init != "zero":
         kept += values
@@ -66,6 +72,12 @@ def work_bytes(sizes: Sizes, item: int, options: ConvertOptions) -> tuple[int, i
         return kept + 4 * states, kept + 2 * states
     training = states + 2 * 4 * values
     return kept + max(4 * states, training), kept + states + 5 * values
+
+
+def folder_bytes(checkpoint: Checkpoint, tensors: int, linears: int) -> int:
+    """Bytes of the output folder: `tensors`, the manifest, tokenizer and licence as they are."""
+    files = checkpoint.source.files()
+    return tensors + RECORD * linears + sum(files[name] for name in checkpoint.side_files())
 
 
 def beside_bytes(sizes: Sizes, quantized: tuple[LinearPlan, ...], options: ConvertOptions) -> int:

@@ -12,7 +12,7 @@ from rilq.converter.machine import Machine
 from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.converter.plan.choose import choose
-from rilq.converter.plan.disks import beside_bytes, disks_needed, work_bytes
+from rilq.converter.plan.disks import beside_bytes, disks_needed, folder_bytes, work_bytes
 from rilq.converter.plan.linears import (
     LinearPlan,
     adapter_spec,
@@ -107,7 +107,12 @@ def make_plan(
         device_bytes=None if on_cpu else peak,
         host_free=machine.host_free,
         device_free=machine.device_free,
-        disks=disks_needed(options, streamed, work_bytes(sizes, item, options), output),
+        disks=disks_needed(
+            options,
+            streamed,
+            work_bytes(sizes, item, options, len(linears)),
+            folder_bytes(checkpoint, output, len(linears)),
+        ),
         output_bytes=output,
         bits_per_weight=sizes.quantized_bits / max(1, sizes.quantized_weights),
         bits_per_parameter=8 * sizes.output_bytes / sizes.parameters,

@@ -84,7 +84,11 @@ def python() -> Path:
         return Path(given)
     homes = Path(os.environ.get("RILQ_ENVS", "~/.cache/rilq-benchmarks")).expanduser()
     homes.mkdir(parents=True, exist_ok=True)
-    return python_of(homes / "llama-cpp-python", ("llama-cpp-python==0.3.36", "numpy==2.4.6"))
+    # What llama.cpp's build finds out about the processor is not always true: AMX may be named and
+    # not allowed. Nor does pip's cache know for which processor a wheel was built.
+    portable = ("--no-cache-dir", "--config-settings=cmake.define.GGML_NATIVE=OFF")
+    wanted = (*portable, "llama-cpp-python==0.3.36", "numpy==2.4.6")
+    return python_of(homes / "llama-cpp-python", wanted)
 
 
 def rows() -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What the plan decides from a machine's figures, without that machine."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_a_cpu_runs_the_same_rows_whatever_its_memory(plan: Callable[..., Plan])
 def test_rows_that_were_asked_for_are_taken(plan: Callable[..., Plan]) -> None:
     choices = plan(GPU, micro_batch=5, batch_size=16).choices
     assert (choices.batch_rows, choices.micro_batch) == (5, 5)
+
+
+def test_disk_is_for_files_beside_the_tensors_and_for_the_rows(
+    plan: Callable[..., Plan], tiny_llama: Path, tmp_path: Path
+) -> None:
+    def needed(model: Path, rows: int) -> int:
+        return sum(disk.needed for disk in plan(CPU, model, train="none", nsamples=rows).disks)
+
+    large = shutil.copytree(tiny_llama, tmp_path / "large")
+    with (large / "tokenizer.json").open("a") as file:
+        file.write(" " * 50_000_000)  # of a large vocabulary there are as many
+    assert 49e6 < needed(large, 16) - needed(tiny_llama, 16) <= 50e6
+    (large / "weights.bin").write_bytes(bytes(1000))  # is not copied
+    hidden = 2 * 64  # bytes of a token, in bfloat16
+    assert needed(large, 32) - needed(large, 16) == 16 * SEQLEN * (8 + 2 * hidden)
 
 
 def test_experts_one_by_one_take_more_rows_and_less_memory(
