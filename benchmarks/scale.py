@@ -118,6 +118,7 @@ QUICK = (
 )
 PLANNED = Size(512, 4, 32)
 MIXTURE = Size(512, 2, 32, experts=8)
+DEEP = Size(256, 40, 4)  # what each layer leaves as holes in the heap adds up
 PARTS = ("limit", "layers", "rows", "hidden", "plan")
 
 
@@ -223,6 +224,11 @@ def planned(bench: "Bench", quick: bool) -> Iterator[Measured]:
         yield bench.measured("mixture, gptq", MIXTURE, STREAM)
         yield bench.measured("mixture, default", MIXTURE, DEFAULT)
         yield bench.measured("resq", PLANNED, ("--method", "resq"))
+        for tier in ("dense", "packed", "offload"):
+            options = (*TRAIN, "--student", tier, "--train", "adapters")
+            yield bench.measured(f"gptq, training {tier}", DEEP, options)
+        shorter = ("--layer-steps", "4", "--steps", "4", "--val-every", "2")
+        yield bench.measured("default, shorter", DEEP, shorter)
 
 
 class Bench:

@@ -9,6 +9,7 @@ code; so do both where codes are trained. `offload` is `packed` with the decoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,10 +210,7 @@ class Student(nn.Module):
                 if self._elsewhere is None
                 else call_with(self._elsewhere, index, layer)
             )
-            # Only the layer's input is kept; the backward pass computes the rest again.
-            layer.forward = partial(
-                checkpoint, forward, use_reentrant=False, preserve_rng_state=False
-            )
+            layer.forward = _recomputed(forward, device)
         self._last = _Last()
         layers[-1].register_forward_hook(self._last.keep)
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -302,6 +300,29 @@ class Student(nn.Module):
             yield
         finally:
             setattr(self.model, name, decoder)
+
+
+def _recomputed(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A decoder layer's `forward` that keeps its input only; the backward pass computes the rest.
+
+    On a CPU without a graph until then: its nodes are small blocks among the large ones that come
+    and go, which then do not fit any more, and the heap grows from layer to layer (docs/log.md).
+    On a GPU with one, so that what no gradient needs is not computed again.
+    """
+    if device.type != "cpu":
+        return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+    def recomputed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def run(hidden_states: Tensor) -> Any:
+            return forward(hidden_states, *args, **kwargs)
+
+        if not torch.is_grad_enabled():
+            return run(hidden_states)
+        if not hidden_states.requires_grad:  # of the first layer: nothing before it is trained
+            hidden_states = hidden_states.detach().requires_grad_()
+        return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+
+    return recomputed
 
 
 def _dense(module: RilqLinear | ResqLinear, dtype: torch.dtype) -> nn.Linear:

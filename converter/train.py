@@ -224,7 +224,7 @@ class Trainer:
         """One update; the loss, and whether it was finite and so applied."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._rate(self.progress.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         total = 0.0
         for tokens, target in batch:
             loss = discrepancy(self.student, tokens, target, self.options.loss)
@@ -241,6 +241,17 @@ class Trainer:
             self.optimizer.step()
             self.progress.applied += 1
         return total, finite
+
+    def _clear_gradients(self) -> None:
+        """On a CPU they stay where they are: made anew, they would break up the heap's free blocks.
+
+        Of layers on a GPU, the host's would be added to instead of replaced.
+        """
+        on_cpu = self.device.type == "cpu"
+        self.optimizer.zero_grad(set_to_none=not on_cpu)
+        for parameter in self.parameters.values() if on_cpu else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _rate(self, step: int) -> float:
         if self.options.schedule == "constant":

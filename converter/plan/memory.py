@@ -19,8 +19,10 @@ FIXED, HOLES = 300 << 20, 0.08  # of a device: its context, kernels; holes in wh
 # page of the conversion.
 FIXED_CPU, MODULES, PAGE = 55 << 20, 200 << 10, 82 << 20
 # Blocks below `LARGE_BLOCK` stay in the heap when they are freed, and leave holes: so much while a
-# model is trained in batches of such blocks.
-HEAP = 28 << 20
+# model is trained in batches of such blocks. Where the activations of all layers are kept, nodes of
+# the graph lie between what was freed: more, and in each layer so many blocks of hidden states; if
+# adapters are beside the linears also these, and those inside an MLP.
+HEAP, HEAP_KEPT, FREED, FREED_BESIDE, FREED_INNER = 8 << 20, 16 << 20, 6, 4, 2
 # Float32 values per weight while a decoder layer is trained, beside the `COPIES` of its quantizer:
 # the gradient, from the second part of a batch on; the holes that small matrices leave. And of one
 # linear at a time, what its backward pass takes.
@@ -156,10 +158,26 @@ def train_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
     if sizes.trains_scales:
         dequantized += 4 * 4 * min(sizes.largest_linear, CHUNK)
     head = 0 if once else sizes.packed_head * item
+    if choices.device == "cpu" and batch < LARGE_BLOCK:
+        kept += _heap_bytes(sizes, batch, tokens * sizes.widest_inner * item, choices)
     kept += 2 * sizes.batch_size * sizes.seqlen * sizes.hidden * item  # targets, and the next ones
-    if choices.device == "cpu" and choices.student != "offload" and batch < LARGE_BLOCK:
-        kept += HEAP
     return weights + head + kept + max(logits, work + dequantized)
+
+
+def _heap_bytes(sizes: Sizes, batch: int, inner: int, choices: Choices) -> int:
+    """Holes in the heap of a process on a CPU.
+
+    An offloaded student gives blocks back from a smaller size on (`SMALL_BLOCK`).
+
+    Args:
+        batch, inner: bytes of hidden states of a micro-batch, and of what is inside an MLP.
+    """
+    if choices.recompute:
+        return HEAP // 2 if choices.student == "offload" else HEAP
+    freed = FREED * batch
+    if not sizes.trains_scales:
+        freed += FREED_BESIDE * batch + FREED_INNER * inner * (inner < LARGE_BLOCK)
+    return HEAP_KEPT + sizes.layers * freed
 
 
 def train_host_bytes(sizes: Sizes, choices: Choices) -> int:
