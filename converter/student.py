@@ -153,6 +153,7 @@ class Student(nn.Module):
         tier: "dense", "packed" or "offload".
         recompute: keep only each decoder layer's input for the backward pass, and run the layer
             again there: a third more time, for a fraction of the memory. Offloaded layers need it.
+            On a CPU gradients then come by `backward` only, and not by `torch.autograd.grad`.
 
     Attributes:
         device: where it computes. Offloaded layers have their trained scales in host memory.
@@ -210,7 +211,7 @@ class Student(nn.Module):
                 if self._elsewhere is None
                 else call_with(self._elsewhere, index, layer)
             )
-            layer.forward = _recomputed(forward, device)
+            layer.forward = recomputed(forward, device)
         self._last = _Last()
         layers[-1].register_forward_hook(self._last.keep)
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -302,17 +303,24 @@ class Student(nn.Module):
             setattr(self.model, name, decoder)
 
 
-def _recomputed(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def recomputed_with_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A decoder layer's `forward` that keeps its input only; the backward pass computes the rest.
 
-    On a CPU without a graph until then: its nodes are small blocks among the large ones that come
-    and go, which then do not fit any more, and the heap grows from layer to layer (docs/log.md).
-    On a GPU with one, so that what no gradient needs is not computed again.
+    The graph exists all the time, and says what need not be computed again.
+    """
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def recomputed(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The same in the way that suits a device: on a CPU, no graph exists until the backward pass.
+
+    Its nodes are small blocks among the large ones that come and go, which then do not fit any
+    more, so that the heap grows from layer to layer; nor does it take more time (docs/log.md).
     """
     if device.type != "cpu":
-        return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        return recomputed_with_graph(forward)
 
-    def recomputed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         def run(hidden_states: Tensor) -> Any:
             return forward(hidden_states, *args, **kwargs)
 
@@ -322,7 +330,7 @@ def _recomputed(forward: Callable[..., Any], device: torch.device) -> Callable[.
             hidden_states = hidden_states.detach().requires_grad_()
         return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
 
-    return recomputed
+    return layer
 
 
 def _dense(module: RilqLinear | ResqLinear, dtype: torch.dtype) -> nn.Linear:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rilq.converter import loss as loss_module
+from rilq.converter import student as student_module
 from rilq.converter.adapters import Adapter, AdapterSpec, learning_rate
 from rilq.converter.loss import Loss, discrepancy
 from rilq.converter.merge import merged_codes, merged_grid
@@ -323,6 +324,40 @@ def test_logits_in_chunks_give_the_loss_and_gradients_of_all_at_once(
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, grad in results[0][1].items():
         torch.testing.assert_close(grad, results[1][1][name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def graph_nodes(value: Tensor) -> int:
+    """Nodes of the graph behind `value`."""
+    seen, ahead = set(), [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [behind for behind, _ in node.next_functions]
+    return len(seen)
+
+
+def test_recomputed_layers_have_no_graph_on_a_cpu_and_the_same_gradients(
+    make_student: Callable[..., Student],
+    batch: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts, losses, gradients = [], [], []
+    for way in (
+        student_module.recomputed,
+        lambda forward, _: student_module.recomputed_with_graph(forward),
+    ):
+        monkeypatch.setattr(student_module, "recomputed", way)
+        student = make_student("packed", POOLED, train="adapters+scales")
+        stir(student)
+        value = discrepancy(student, *batch, Loss(mse=0.2, ce=0.3, kl=0.5))
+        counts.append(graph_nodes(value))
+        losses.append(value.item())
+        value.backward()
+        gradients.append({n: p.grad for n, p in student.trained.items()})
+    assert counts[0] < 40 < 100 < counts[1]
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
 
 def test_learning_rate_is_the_papers_at_its_width_and_inverse_to_width() -> None:
