@@ -140,7 +140,9 @@ def test_other_architectures_are_refused_by_name(
     model_type: str, tmp_path: Path, folder_of: Callable[[str], Path]
 ) -> None:
     source = opened(folder_of("llama"))
-    source.config = {**source.config, "model_type": model_type}
+    # Not every release of transformers takes Llama's for another architecture's.
+    own = {name: value for name, value in source.config.items() if name != "rope_parameters"}
+    source.config = {**own, "model_type": model_type}
     bases = bases_of("none", folder_of("llama"))
     with pytest.raises(UnsupportedArchitectureError) as caught:
         ResqCheckpoint(source, bases)
