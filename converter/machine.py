@@ -187,6 +187,14 @@ def large_blocks_returned(least: int = LARGE_BLOCK) -> Iterator[None]:
         _return_blocks_from(before)
 
 
+def least_returned(student: str) -> int:
+    """Bytes of a block that is large to a conversion with this tier of the student.
+
+    Offloading is for jobs that have little memory; others would rather have the time.
+    """
+    return SMALL_BLOCK if student == "offload" else LARGE_BLOCK
+
+
 def return_free_memory() -> None:
     """Give what the heap holds free back to the system: smaller blocks fragment it too."""
     with suppress(OSError, AttributeError):

@@ -17,10 +17,9 @@ from rilq.converter.job import Job, job_fingerprint, job_hash
 from rilq.converter.job_source import check_source, open_job_source
 from rilq.converter.layers import StreamedModel
 from rilq.converter.machine import (
-    LARGE_BLOCK,
-    SMALL_BLOCK,
     Machine,
     large_blocks_returned,
+    least_returned,
     measure_machine,
     memory_errors_explained,
 )
@@ -159,11 +158,9 @@ def convert(job: Job, report: Reporter) -> ConvertResult:
     tokenizer = load_tokenizer(job.checkpoint)
     with _open_work(job, fingerprint, report) as work:
         conversion = Conversion(job, work, report)
-        # Offloading is for jobs that have little memory; others would rather have the time.
-        block = SMALL_BLOCK if conversion.choices.student == "offload" else LARGE_BLOCK
         with (
             memory_errors_explained(lambda: f"after {work.last_unit} of {work.path}"),
-            large_blocks_returned(block),
+            large_blocks_returned(least_returned(conversion.choices.student)),
         ):
             quality = conversion.run(tokenizer, fingerprint)
         if ranks.first and not options.keep_work:

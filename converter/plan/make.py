@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rilq.converter.layers import StreamedModel
-from rilq.converter.machine import Machine
+from rilq.converter.machine import Machine, large_blocks_returned, least_returned
 from rilq.converter.options import DEFAULT_ROWS, DEFAULT_SEQLEN, ConvertOptions
 from rilq.converter.outer import is_tied, outer_specs
 from rilq.converter.plan.choose import choose
@@ -83,7 +83,8 @@ def make_plan(
     rotates = options.rotate or options.resq is not None
     rotating = max(t.nbytes for t in checkpoint.tensors.values()) if rotates else 0
     work = work_to_time(quantized, choices, sizes)
-    pace = measure(work, options, machine, checkpoint)
+    with large_blocks_returned(least_returned(choices.student)):  # fresh pages have their price
+        pace = measure(work, options, machine, checkpoint)
     seconds, basis = estimated_seconds(sizes, options, machine, validation, pace, processes)
     return Plan(
         model=checkpoint.source.label,

@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
-from rilq.converter.machine import Machine, large_blocks_returned
+from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions, Tier
 from rilq.converter.plan.pieces import (
     LinearPiece,
@@ -91,7 +91,6 @@ class Pace:
 Measure = Callable[[Work[Spec], ConvertOptions, Machine, Checkpoint], Pace]
 
 
-@large_blocks_returned()  # as in the conversion, where fresh pages have their price
 def measure_pace(
     work: Work[QuantSpec], options: ConvertOptions, machine: Machine, checkpoint: Checkpoint
 ) -> Pace:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rilq.converter.hadamard import hadamard_orders
-from rilq.converter.machine import Machine, large_blocks_returned
+from rilq.converter.machine import Machine
 from rilq.converter.options import ConvertOptions
 from rilq.converter.plan.pace import Pace, Work, computed_dtype, dense_pace, trained
 from rilq.converter.plan.pieces import LinearPiece, Shape, WeightPieces
@@ -21,7 +21,6 @@ from rilq.formats.resq.linear import ResqLinear
 from rilq.formats.resq.parts import Parts
 
 
-@large_blocks_returned()
 def measure_resq_pace(
     work: Work[PartsSpec], options: ConvertOptions, machine: Machine, checkpoint: Checkpoint
 ) -> Pace:
