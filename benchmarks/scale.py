@@ -10,7 +10,7 @@ On a CPU, with random checkpoints of LLaMA-2-70B's structure (scale_checkpoint.p
             that fit them
   plan      what `rilq plan` says of each of these conversions, against what was measured
 
-    python benchmarks/scale.py                      # a quarter of an hour
+    python benchmarks/scale.py                      # some twenty minutes
     python benchmarks/scale.py --rounds 3           # medians of three
     python benchmarks/scale.py --quick              # four minutes, with 20 layers at most
     python benchmarks/scale.py --only limit

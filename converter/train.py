@@ -233,9 +233,7 @@ class Trainer:
             total += loss.item() * share
         total = self.ranks.total(total)
         self.ranks.add_gradients(list(self.parameters.values()))
-        for parameter in self.parameters.values():
-            if parameter.grad is None:  # of an expert that no token chose: Adam counts one step
-                parameter.grad = torch.zeros_like(parameter)
+        self._fill_gradients()  # of experts that no token chose: Adam counts one step
         finite = total == total and abs(total) != float("inf")
         if finite:
             self.optimizer.step()
@@ -249,7 +247,12 @@ class Trainer:
         """
         on_cpu = self.device.type == "cpu"
         self.optimizer.zero_grad(set_to_none=not on_cpu)
-        for parameter in self.parameters.values() if on_cpu else ():
+        if on_cpu:
+            self._fill_gradients()
+
+    def _fill_gradients(self) -> None:
+        """Zeros where there is no gradient."""
+        for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 

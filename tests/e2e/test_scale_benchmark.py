@@ -16,21 +16,25 @@ TRAINED = (
     *("--layer-steps", "2", "--steps", "2", "--val-every", "2", "--rank", "8"),
     *("--batch-size", "8"),
 )
+ADAPTERS = (*TRAINED, "--quantizer", "gptq", "--train", "adapters")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("hidden", "layers", "options"),
     [
-        (*TRAINED, "--micro-batch", "1"),
-        (*TRAINED, "--micro-batch", "8"),
-        (*TRAINED, "--quantizer", "gptq", "--train", "adapters", "--micro-batch", "8"),
+        (512, 3, (*TRAINED, "--micro-batch", "1")),
+        (512, 3, (*TRAINED, "--micro-batch", "8")),
+        (512, 3, (*ADAPTERS, "--micro-batch", "8")),
+        (256, 24, (*ADAPTERS, "--micro-batch", "2", "--student", "packed")),
     ],
-    ids=["blockap in rows", "blockap in batches", "adapters in batches"],
+    ids=["blockap in rows", "blockap in batches", "adapters in batches", "many narrow layers"],
 )
-def test_memory_and_disk_are_what_the_plan_said(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_memory_and_disk_are_what_the_plan_said(
+    hidden: int, layers: int, options: tuple[str, ...], tmp_path: Path
+) -> None:
     """Resident memory above that of a process which has imported everything."""
-    told = json.loads(in_process(MEASURE, str(tmp_path), *options))
+    told = json.loads(in_process(MEASURE, str(tmp_path), str(hidden), str(layers), *options))
     assert 0.97 < told["planned"] / told["resident"] < 1.2
     assert 1.0 <= told["planned_disk"] / told["disk"] < 1.15
 
@@ -43,8 +47,8 @@ from scale import IMPORTS
 from scale_checkpoint import llama_config, write_checkpoint
 from scale_run import convert, watch
 
-folder, options = Path(sys.argv[1]), sys.argv[2:]
-write_checkpoint(folder / "model", llama_config(512, 3, positions=128), 2 * 32 * 128)
+folder, hidden, layers, options = Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4:]
+write_checkpoint(folder / "model", llama_config(hidden, layers, positions=128), 2 * 32 * 128)
 imports = watch([sys.executable, "-c", IMPORTS])
 took = convert(folder / "model", folder / "out", *options, rows=32, seqlen=128)
 plan = took.told["plan"]

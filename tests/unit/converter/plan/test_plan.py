@@ -9,8 +9,9 @@ import pytest
 import torch
 from mixture_examples import MIXTURES
 
+from rilq.converter import machine as machine_module
 from rilq.converter.layers import StreamedModel
-from rilq.converter.machine import Machine
+from rilq.converter.machine import LARGE_BLOCK, SMALL_BLOCK, Machine
 from rilq.converter.options import ConvertOptions
 from rilq.converter.pipeline import prepare
 from rilq.converter.plan import GPU_TOKENS, STREAM_TOKENS, Plan, make_plan
@@ -36,12 +37,18 @@ def plan(tiny_llama: Path, tmp_path: Path) -> Callable[..., Plan]:
         model: Path = tiny_llama,
         pace: Pace = NOTHING,
         processes: int = 1,
+        measured: Callable[[], object] = lambda: None,
         **options: int | str,
     ) -> Plan:
         checkpoint = Checkpoint.open(LocalFolder(model))
         streamed = StreamedModel(checkpoint, dtype=torch.bfloat16, device=torch.device("meta"))
         asked = ConvertOptions(str(model), seqlen=SEQLEN, output_dir=tmp_path / "out", **options)
-        return make_plan(streamed, asked, machine, lambda *_: pace, processes=processes)
+
+        def measure(*_: object) -> Pace:
+            measured()
+            return pace
+
+        return make_plan(streamed, asked, machine, measure, processes=processes)
 
     return make
 
@@ -61,6 +68,16 @@ def test_a_cpu_runs_the_same_rows_whatever_its_memory(plan: Callable[..., Plan])
     for free in (64 << 30, 1 << 30):
         choices = plan(replace(CPU, host_free=free)).choices
         assert choices.batch_rows * SEQLEN == STREAM_TOKENS
+
+
+@pytest.mark.parametrize(("tier", "block"), [("packed", LARGE_BLOCK), ("offload", SMALL_BLOCK)])
+def test_kernels_are_timed_while_blocks_are_returned_as_in_the_conversion(
+    tier: str, block: int, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(machine_module, "_return_blocks_from", told.append)
+    plan(CPU, student=tier, measured=lambda: told.append(0))
+    assert told[told.index(0) - 1] == block
 
 
 def test_rows_that_were_asked_for_are_taken(plan: Callable[..., Plan]) -> None:
