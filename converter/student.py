@@ -6,13 +6,15 @@ code; so do both where codes are trained. `offload` is `packed` with the decoder
 (offload.py), but for adapters. Their losses and gradients agree to float rounding.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
@@ -21,6 +23,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.architecture import build_skeleton, decoder_layers
 from rilq.converter.layers import place_buffers, place_tensor
+from rilq.converter.machine import LARGE_BLOCK
 from rilq.converter.merge import trained_grid
 from rilq.converter.offload import (
     Homes,
@@ -205,13 +208,14 @@ class Student(nn.Module):
                 lambda index: homes[index].named_in(layers[index], read_layer(index)),
                 device,
             )
+        kept = KeptInputs(len(layers))
         for index, layer in enumerate(layers) if recompute else ():
             forward = (
                 own_forward(layer)
                 if self._elsewhere is None
                 else call_with(self._elsewhere, index, layer)
             )
-            layer.forward = recomputed(forward, device)
+            layer.forward = recomputed(forward, device, kept.of(index))
         self._last = _Last()
         layers[-1].register_forward_hook(self._last.keep)
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -311,11 +315,45 @@ def recomputed_with_graph(forward: Callable[..., Any]) -> Callable[..., Any]:
     return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def recomputed(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+class KeptInputs:
+    """Inputs of the decoder layers, from the forward to the backward pass in one block of memory.
+
+    For a process on a CPU, and small ones: in the heap each would lie among blocks that come and go
+    in its layer and then do not fit any more, so that it grows from layer to layer (docs/log.md).
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._block = torch.empty(0, 0)
+        self._kept: dict[int, weakref.ref[Tensor]] = {}
+
+    def of(self, index: int) -> saved_tensors_hooks:
+        """A context in which autograd saves the input of layer `index`, and nothing else."""
+        return saved_tensors_hooks(partial(self._keep, index), lambda kept: kept)
+
+    def _keep(self, index: int, hidden: Tensor) -> Tensor:
+        """What autograd keeps in the place of `hidden`: its copy, unless another one is in use."""
+        in_use = index in self._kept and self._kept[index]() is not None
+        if in_use or hidden.nbytes >= LARGE_BLOCK:
+            return hidden
+        size = hidden.numel()
+        if self._block.shape[1] < size or self._block.dtype != hidden.dtype:
+            self._block = hidden.new_empty(self._layers, size)
+        kept = self._block[index, :size].view(hidden.shape).copy_(hidden.detach())
+        self._kept[index] = weakref.ref(kept)
+        return kept
+
+
+def recomputed(
+    forward: Callable[..., Any], device: torch.device, kept: AbstractContextManager[Any]
+) -> Callable[..., Any]:
     """The same in the way that suits a device: on a CPU, no graph exists until the backward pass.
 
     Its nodes are small blocks among the large ones that come and go, which then do not fit any
     more, so that the heap grows from layer to layer; nor does it take more time (docs/log.md).
+
+    Args:
+        kept: a context in which the input is kept, on a CPU.
     """
     if device.type != "cpu":
         return recomputed_with_graph(forward)
@@ -328,7 +366,8 @@ def recomputed(forward: Callable[..., Any], device: torch.device) -> Callable[..
             return run(hidden_states)
         if not hidden_states.requires_grad:  # of the first layer: nothing before it is trained
             hidden_states = hidden_states.detach().requires_grad_()
-        return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+        with kept:
+            return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
 
     return layer
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from rilq.converter.offload import PIECE
 
-# Of each trained value, float32: itself, its gradient, Adam's two moments, the best one so far, and
-# two temporaries of an update.
-COPIES = 7
+# Of each trained value, float32: itself, its gradient, Adam's two moments, the best one so far.
+COPIES = 5
 
 
 @dataclass(frozen=True)

@@ -141,12 +141,8 @@ class Trainer:
             (codes, rate_of(CODES_PATH, options.steps)),
         )
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": part, "peak": rate, **_implementation(part[0], self.device)}
-                for part, rate in rates
-                if part
-            ],
-            foreach=True,
+            [{"params": part, "peak": rate} for part, rate in rates if part],
+            fused=True,  # foreach makes temporaries twice as large as all that is trained
         )
         self.progress = Progress()
         self.best = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
@@ -173,7 +169,7 @@ class Trainer:
             parameter.copy_(tensors[f"now.{name}"])
             if f"exp_avg.{name}" in tensors:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.progress.applied)),
+                    "step": torch.tensor(float(self.progress.applied), device=parameter.device),
                     "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device, copy=True),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
                 }
@@ -227,10 +223,7 @@ class Trainer:
         self._clear_gradients()
         total = 0.0
         for tokens, target in batch:
-            loss = discrepancy(self.student, tokens, target, self.options.loss)
-            share = len(tokens) / self.options.batch_size
-            (loss * share).backward()
-            total += loss.item() * share
+            total += self._add_gradients(tokens, target)
         total = self.ranks.total(total)
         self.ranks.add_gradients(list(self.parameters.values()))
         self._fill_gradients()  # of experts that no token chose: Adam counts one step
@@ -239,6 +232,17 @@ class Trainer:
             self.optimizer.step()
             self.progress.applied += 1
         return total, finite
+
+    def _add_gradients(self, tokens: Tensor, target: Tensor) -> float:
+        """Those of a micro-batch; its share of the loss.
+
+        Its graph is gone at the end. Beside the next one's, what is left of it would break up the
+        heap: by half as much memory again where the activations of all layers are kept.
+        """
+        share = len(tokens) / self.options.batch_size
+        loss = discrepancy(self.student, tokens, target, self.options.loss) * share
+        loss.backward()
+        return loss.item()
 
     def _clear_gradients(self) -> None:
         """On a CPU they stay where they are: made anew, they would break up the heap's free blocks.
@@ -315,15 +319,6 @@ class Trainer:
             f"again in a new one with a smaller --lr than {self.options.learning_rate:g} and a "
             f"smaller --scales-lr than {self.options.scales_learning_rate:g}"
         )
-
-
-def _implementation(parameter: Tensor, device: torch.device) -> dict[str, bool]:
-    """How Adam updates what is in host memory while the model is on a GPU.
-
-    There foreach would make temporaries as large as all that is trained, in one pass for each.
-    """
-    on_host = parameter.device.type != device.type
-    return {"foreach": False, "fused": True} if on_host else {}
 
 
 @torch.no_grad()

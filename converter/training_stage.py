@@ -21,6 +21,7 @@ from rilq.converter.finish import QuantizedParts, integer_base
 from rilq.converter.initial import set_values, use_initial
 from rilq.converter.layers import StreamedModel
 from rilq.converter.loss import Loss, logit_differences
+from rilq.converter.machine import return_free_memory
 from rilq.converter.merge import merges
 from rilq.converter.options import ConvertOptions, Train
 from rilq.converter.plan import Choices
@@ -74,6 +75,7 @@ class TrainingStage:
         if not self.work.stage("trained"):
             rows = RowsAtOnce(self.choices.batch_rows, self.choices.micro_batch)
             with_fewer_rows("the training", rows, self._with_rows, self.work, self.report)
+            return_free_memory()
         return self.work.stage("trained")[-1].facts, load_file(self._path)
 
     @property

@@ -18,11 +18,15 @@ FIXED, HOLES = 300 << 20, 0.08  # of a device: its context, kernels; holes in wh
 # used, the tokenizer; the modules of each decoder layer; and what it takes in the end, to draw the
 # page of the conversion.
 FIXED_CPU, MODULES, PAGE = 55 << 20, 200 << 10, 82 << 20
+# Of a quantizer that takes a few rows at a time: copies of the whole weight in float32, and pieces.
+WHOLE, PIECES = 2.5, 16 << 20
 # Blocks below `LARGE_BLOCK` stay in the heap when they are freed, and leave holes: so much while a
-# model is trained in batches of such blocks. Where the activations of all layers are kept, nodes of
-# the graph lie between what was freed: more, and in each layer so many blocks of hidden states; if
-# adapters are beside the linears also these, and those inside an MLP.
-HEAP, HEAP_KEPT, FREED, FREED_BESIDE, FREED_INNER = 8 << 20, 16 << 20, 6, 4, 2
+# model is trained in batches of such blocks, and in each layer.
+HEAP, HEAP_LAYER = 12 << 20, 360 << 10
+# Where the activations of all layers are kept, nodes of the graph lie between what was freed: more,
+# and in each layer so many blocks of hidden states; if adapters are beside the linears also these,
+# and those inside an MLP.
+HEAP_KEPT, FREED, FREED_BESIDE, FREED_INNER = 16 << 20, 6, 4, 2
 # Float32 values per weight while a decoder layer is trained, beside the `COPIES` of its quantizer:
 # the gradient, from the second part of a batch on; the holes that small matrices leave. And of one
 # linear at a time, what its backward pass takes.
@@ -84,6 +88,8 @@ def stream_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
     batch = tokens * sizes.hidden * item
     running = _running_bytes(sizes, tokens, item)
     quantizer = 8 * 4 * sizes.largest_linear
+    if sizes.in_pieces:
+        quantizer = int(WHOLE * 4 * sizes.largest_linear) + PIECES
     if sizes.learned_values:
         learned = sizes.learned_values if choices.trains_experts else sizes.rest_values
         quantizer = max(quantizer + 4 * learned, _learning_bytes(sizes, item, choices, learned))
@@ -99,9 +105,11 @@ def stream_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
         experts = min(sizes.experts * sums, max(HESSIANS, sums)) if sizes.experts else 0
         moments += [
             sums + experts + 2 * batch + running + 4 * width * min(tokens, ROWS_IN_FLOAT32),
-            max(factor_bytes(width), factor_bytes(min(width, AT_ONCE))) + kept + experts,
             sums + kept + quantizer + experts,
         ]
+        if sizes.factors:
+            factor = max(factor_bytes(width), factor_bytes(min(width, AT_ONCE)))
+            moments.append(factor + kept + experts)
     outer = sizes.outer_bytes + sizes.outer_values * item + sizes.outer_packed_bytes
     outer += 8 * 4 * min(CHUNK, sizes.outer_packed)
     return max(outer, held + max(moments))
@@ -173,7 +181,7 @@ def _heap_bytes(sizes: Sizes, batch: int, inner: int, choices: Choices) -> int:
         batch, inner: bytes of hidden states of a micro-batch, and of what is inside an MLP.
     """
     if choices.recompute:
-        return HEAP // 2 if choices.student == "offload" else HEAP
+        return HEAP // 2 if choices.student == "offload" else HEAP + HEAP_LAYER * sizes.layers
     freed = FREED * batch
     if not sizes.trains_scales:
         freed += FREED_BESIDE * batch + FREED_INNER * inner * (inner < LARGE_BLOCK)

@@ -66,7 +66,9 @@ class Sizes:
     batch_size: int
     rows: int
     seqlen: int
+    in_pieces: bool  # how a weight is quantized: a few rows at a time
     hessians: bool
+    factors: bool  # whether Hessians are, or eigenvectors are computed of them
     keeps_hessians: bool  # for adapters, beside what the quantizer makes of them
     learned_values: int  # weights of a decoder layer that are trained at once; 0 for none
     learned_copies: int  # float32 values for each of them
@@ -157,7 +159,9 @@ class Sizes:
             batch_size=options.batch_size,
             rows=rows,
             seqlen=seqlen,
+            in_pieces=options.quantizer in ("rtn", "hqq", "lsq"),
             hessians=options.quantizer in ("gptq", "lsq") or options.adapter_init == "eora",
+            factors=options.quantizer == "gptq" or options.adapter_init == "eora",
             keeps_hessians=options.adapter_init == "eora",
             learned_values=max(_values(streamed, names) for names in layers) * learns,
             learned_copies=LEARNED[options.quantizer].COPIES if learns else 0,

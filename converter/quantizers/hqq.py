@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rilq.converter.quantizers.grid import LARGEST_SCALE, as_groups, encode, minmax_grid
+from rilq.converter.quantizers.grid import LARGEST_SCALE, as_groups, encode, minmax_grid, row_chunks
 from rilq.formats.spec import QuantizedLinear, QuantSpec
 
 
@@ -46,8 +46,20 @@ class HqqQuantizer:
     ) -> QuantizedLinear:
         """Quantize one weight matrix; see `Quantizer`."""
         groups = as_groups(weight, spec)
+        rows, count, size = groups.shape
         scale, zero_point = minmax_grid(groups, spec)
-        steps = groups / scale.float()[..., None]  # weights in units of their group's step
+        for chunk in row_chunks(rows, count * size, groups.device):
+            steps = groups[chunk] / scale[chunk].float()[..., None]
+            zero_point[chunk] = self._zero_points(steps, zero_point[chunk], spec)
+        return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)
+
+    def _zero_points(self, steps: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+        """The best zero-point of each group, float16.
+
+        Args:
+            steps: weights in units of their group's step, `[rows, groups, group_size]`.
+            zero_point: where to begin, `[rows, groups]`.
+        """
         zero = best = zero_point.float()
         least = self._error(steps, best, spec)
         penalty = self.penalty
@@ -66,8 +78,7 @@ class HqqQuantizer:
             best = torch.where(found < least, stored, best)
             least = torch.minimum(found, least)
             penalty *= self.growth
-        zero_point = best.to(torch.float16)
-        return QuantizedLinear(encode(groups, scale, zero_point, spec), scale, zero_point, spec)
+        return best.to(torch.float16)
 
     def _error(self, steps: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
         """`|W - What|_p^p` of each group, in units of its step."""

@@ -50,7 +50,7 @@ def through_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offload as on a GPU: through two slots, which are in the CPU's memory here."""
     monkeypatch.setattr(student_module, "elsewhere", in_host_memory)
     with_graph = student_module.recomputed_with_graph
-    monkeypatch.setattr(student_module, "recomputed", lambda forward, _: with_graph(forward))
+    monkeypatch.setattr(student_module, "recomputed", lambda forward, *_: with_graph(forward))
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_recomputed_layers_have_no_graph_on_a_cpu_and_the_same_gradients(
     counts, losses, gradients = [], [], []
     for way in (
         student_module.recomputed,
-        lambda forward, _: student_module.recomputed_with_graph(forward),
+        lambda forward, *_: student_module.recomputed_with_graph(forward),
     ):
         monkeypatch.setattr(student_module, "recomputed", way)
         student = make_student("packed", POOLED, train="adapters+scales")
@@ -358,6 +358,51 @@ def test_recomputed_layers_have_no_graph_on_a_cpu_and_the_same_gradients(
     assert counts[0] < 40 < 100 < counts[1]
     assert losses[0] == losses[1]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_passes_before_one_backward_pass_have_their_own_inputs(
+    make_student: Callable[..., Student], batch: tuple[Tensor, Tensor]
+) -> None:
+    tokens, target = batch
+    gradients = []
+    for together in (False, True):
+        student = make_student("packed", POOLED, train="adapters+scales")
+        stir(student)
+        values = []
+        for row in range(2):  # the inputs of the second are kept while those of the first are
+            values.append(discrepancy(student, tokens[row:][:1], target[row:][:1], Loss()))
+            if not together:
+                values.pop().backward()
+        for value in reversed(values):
+            value.backward()
+        gradients.append({n: p.grad for n, p in student.trained.items()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-8)
+
+
+def test_inputs_are_kept_in_the_same_block_in_every_pass() -> None:
+    kept = student_module.KeptInputs(2)
+
+    def passed(rows: int, index: int = 1) -> Tensor:
+        hidden = torch.rand(rows, 4, 8, requires_grad=True)
+        layer = student_module.recomputed(torch.sin, CPU, kept.of(index))
+        out: Tensor = layer(hidden).sum()
+        (saved,) = out.grad_fn.next_functions[0][0].saved_tensors
+        assert torch.equal(saved, hidden) and saved.data_ptr() != hidden.data_ptr()
+        out.backward()
+        torch.testing.assert_close(hidden.grad, hidden.cos())
+        return saved
+
+    first = passed(3)
+    place = first.data_ptr()
+    assert passed(3, index=0).data_ptr() == place - first.nbytes
+    del first
+    assert passed(3).data_ptr() == place and passed(2).data_ptr() == place
+
+
+def test_large_inputs_are_not_copied() -> None:
+    hidden = torch.rand(1, 512, 512, requires_grad=True)  # 1 MiB
+    out = student_module.recomputed(torch.sin, CPU, student_module.KeptInputs(1).of(0))(hidden)
+    assert out.grad_fn.saved_tensors[0].data_ptr() == hidden.data_ptr()
 
 
 def test_learning_rate_is_the_papers_at_its_width_and_inverse_to_width() -> None:
