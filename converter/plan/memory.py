@@ -9,6 +9,7 @@ from rilq.converter.loss import LOGITS
 from rilq.converter.machine import LARGE_BLOCK
 from rilq.converter.plan.plan import Choices
 from rilq.converter.plan.sizes import Sizes
+from rilq.converter.quantizers.grid import weights_at_once
 from rilq.converter.quantizers.inverse_factor import AT_ONCE, factor_bytes
 from rilq.converter.tiers import COPIES, pinned_bytes
 from rilq.formats.packed_linear import CHUNK
@@ -18,8 +19,8 @@ FIXED, HOLES = 300 << 20, 0.08  # of a device: its context, kernels; holes in wh
 # used, the tokenizer; the modules of each decoder layer; and what it takes in the end, to draw the
 # page of the conversion.
 FIXED_CPU, MODULES, PAGE = 55 << 20, 200 << 10, 82 << 20
-# Of a quantizer that takes a few rows at a time: copies of the whole weight in float32, and pieces.
-WHOLE, PIECES = 2.5, 16 << 20
+# Of a quantizer that takes a few rows at a time: float32 copies of the whole weight, and of them.
+WHOLE, PIECES = 2.5, 16
 # Blocks below `LARGE_BLOCK` stay in the heap when they are freed, and leave holes: so much while a
 # model is trained in batches of such blocks, and in each layer.
 HEAP, HEAP_LAYER = 12 << 20, 360 << 10
@@ -89,7 +90,8 @@ def stream_bytes(sizes: Sizes, item: int, choices: Choices) -> int:
     running = _running_bytes(sizes, tokens, item)
     quantizer = 8 * 4 * sizes.largest_linear
     if sizes.in_pieces:
-        quantizer = int(WHOLE * 4 * sizes.largest_linear) + PIECES
+        piece = min(sizes.largest_linear, weights_at_once(choices.device))
+        quantizer = int(4 * (WHOLE * sizes.largest_linear + PIECES * piece))
     if sizes.learned_values:
         learned = sizes.learned_values if choices.trains_experts else sizes.rest_values
         quantizer = max(quantizer + 4 * learned, _learning_bytes(sizes, item, choices, learned))

@@ -224,11 +224,15 @@ def _lowest(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(high - low > span, torch.minimum(centred, high - span), low)
 
 
-def row_chunks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows that hold a bounded number of weights: what a CPU's cache, or a GPU, likes."""
+def weights_at_once(device: str) -> int:
+    """Weights, or candidates for them, in a slice of rows: what a CPU's cache, or a GPU, likes."""
     # On a CPU a float32 copy is a little smaller than what is returned to the system when freed
     # (machine.LARGE_BLOCK): clearing it anew for every operation took a sixth of the time.
-    weights = 2**18 - 2**12 if device.type == "cpu" else 2**25
-    step = max(1, weights // row_size)
+    return 2**18 - 2**12 if device == "cpu" else 2**25
+
+
+def row_chunks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows that hold at most `weights_at_once`, or a single row."""
+    step = max(1, weights_at_once(device.type) // row_size)
     for start in range(0, rows, step):
         yield slice(start, start + step)

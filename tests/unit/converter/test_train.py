@@ -1,5 +1,6 @@
 """RILQ's loss and the training loop, on a student small enough to see through."""
 
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rilq.calib.activations import ActivationStore, ActivationWriter
+from rilq.converter import train as train_module
 from rilq.converter.adapters import Adapter, AdapterSpec
 from rilq.converter.loss import Loss, Model, discrepancy
 from rilq.converter.train import (
@@ -206,6 +208,23 @@ def test_gradients_of_micro_batches_add_up(tokens: Tensor, targets: ActivationSt
     run(whole), run(split)
     for name, parameter in whole.parameters.items():
         torch.testing.assert_close(parameter, split.parameters[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_graph_of_a_micro_batch_is_gone_before_the_next_one(
+    tokens: Tensor, targets: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = trainer(tokens, targets, steps=2, micro_batch=1)
+    before: list[weakref.ref[object]] = []
+
+    def looked_at(*args: object) -> Tensor:
+        assert not [node for node in before if node() is not None]
+        loss = discrepancy(*args)  # type: ignore[arg-type]
+        before.append(weakref.ref(loss))
+        return loss
+
+    monkeypatch.setattr(train_module, "discrepancy", looked_at)
+    run(train)
+    assert len(before) == 2 * 4
 
 
 def test_a_resumed_run_is_identical_to_an_unbroken_one(

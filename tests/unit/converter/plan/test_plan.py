@@ -80,6 +80,21 @@ def test_kernels_are_timed_while_blocks_are_returned_as_in_the_conversion(
     assert told[told.index(0) - 1] == block
 
 
+def test_memory_is_for_what_a_quantizer_does(
+    plan: Callable[..., Plan], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Only gptq factors Hessians, lsq sums them, rtn and hqq look at none."""
+    model = make_model(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=4096)
+    asked = {"model": model, "rank": 0, "group_size": 32, "batch_size": 1}
+    rtn, hqq, lsq, gptq = (
+        plan(CPU, quantizer=name, **asked).host_bytes for name in ("rtn", "hqq", "lsq", "gptq")
+    )
+    sums = 4 * 4096**2
+    assert rtn == hqq
+    assert lsq - rtn > 0.8 * sums
+    assert gptq - lsq > sums
+
+
 def test_rows_that_were_asked_for_are_taken(plan: Callable[..., Plan]) -> None:
     choices = plan(GPU, micro_batch=5, batch_size=16).choices
     assert (choices.batch_rows, choices.micro_batch) == (5, 5)
