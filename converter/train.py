@@ -234,10 +234,10 @@ class Trainer:
         return total, finite
 
     def _add_gradients(self, tokens: Tensor, target: Tensor) -> float:
-        """Those of a micro-batch; its share of the loss.
+        """Add a micro-batch's gradients, and return its share of the loss.
 
-        Its graph is gone at the end. Beside the next one's, what is left of it would break up the
-        heap: by half as much memory again where the activations of all layers are kept.
+        In a function of its own so that its graph is gone at the end: beside the next one's, the
+        nodes that are left would break up the heap of a process on a CPU (docs/log.md).
         """
         share = len(tokens) / self.options.batch_size
         loss = discrepancy(self.student, tokens, target, self.options.loss) * share
