@@ -119,17 +119,33 @@ class LayerQuantizer:
             # Relative to the output's size, so that layers of any scale train alike.
             size = ranks.total(sum(wanted.float().square().sum().item() for _, wanted in batch))
             for hidden, wanted in batch:
-                weights = {name: each().to(hidden.dtype) for name, each in learned.items()}
-                apart = run(hidden, weights).float() - wanted.float()
-                loss = apart.square().sum() / max(size, 1e-12)
-                if not math.isfinite(loss.item()):
+                error = _add_gradients(learned, run, hidden, wanted, max(size, 1e-12))
+                if not math.isfinite(error):
                     raise RilqError(
                         f"{self.name}: the layer's error is not finite at update {step}\n"
                         "  try --dtype float32 or bfloat16, or another --quantizer"
                     )
-                loss.backward()
             ranks.add_gradients([p for group in groups for p in group["params"]])
             optimizer.step()
+
+
+def _add_gradients(
+    learned: Mapping[str, LearnedWeight],
+    run: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    hidden: Tensor,
+    wanted: Tensor,
+    size: float,
+) -> float:
+    """Add a micro-batch's gradients, and return its share of the error.
+
+    In a function of its own so that the weights that it ran with are gone before the next ones, and
+    before the optimizer's temporaries.
+    """
+    weights = {name: each().to(hidden.dtype) for name, each in learned.items()}
+    apart = run(hidden, weights).float() - wanted.float()
+    loss = apart.square().sum() / size
+    loss.backward()
+    return loss.item()
 
 
 @torch.no_grad()
