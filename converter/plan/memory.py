@@ -31,7 +31,7 @@ HEAP_KEPT, FREED, FREED_BESIDE, FREED_INNER = 16 << 20, 6, 4, 2
 # Float32 values per weight while a decoder layer is trained, beside the `COPIES` of its quantizer:
 # the gradient, from the second part of a batch on; the holes that small matrices leave. And of one
 # linear at a time, what its backward pass takes.
-LEARNED_GRADIENT, LEARNED_HOLES, LEARNED_BACK = 1, 3, 7.5
+LEARNED_GRADIENT, LEARNED_HOLES, LEARNED_BACK = 1, 2, 7.5
 
 
 def process_bytes(work: int, layers: int) -> int:
