@@ -24,7 +24,7 @@ ROTATE_BYTES = 100
 HESSIAN_PASSES = 1.1
 # What lies between the linears, where keys and values are turned and quantized as well.
 QUANTIZED_BESIDES = 2.0
-UPDATE_BYTES = 60  # Adam's passes over what is trained on the final hidden states, float32
+UPDATE_BYTES = 40  # Adam's passes over what is trained on the final hidden states, float32
 SYNCED = 0.08  # seconds of each decoder layer in which its files are written, hashed and synced
 
 
